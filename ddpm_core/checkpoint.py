@@ -1,0 +1,232 @@
+"""Model directories: the layout that diffusers' save_pretrained writes, and safe, atomic files.
+
+    <model>/model_index.json  unet/config.json  unet/diffusion_pytorch_model.safetensors  scheduler/scheduler_config.json
+
+The old flat layout (config.json, *.safetensors and scheduler_config.json side by side) is read too. Weights are
+safetensors only: nothing is ever unpickled. Every config field is honoured or refused by its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ddpm_core import plans, schedules
+from ddpm_core.denoiser import Denoiser
+from ddpm_core.diffusion import Prediction
+from ddpm_core.network import TorchNetwork
+from ddpm_core.plans import SamplingPlan, Spacing, Variance
+from ddpm_core.schedules import NoiseSchedule
+from ddpm_core.unet import UNet, UNetConfig
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+UNUSED_BY_US = {  # fields of diffusers' schedulers that change nothing for the processes we run
+    "dynamic_thresholding_ratio",  # only with thresholding
+    "sample_max_value",  # only with thresholding
+    "skip_prk_steps",  # written by old pipelines of other schedulers
+}
+ONLY = {  # fields that we can honour at one value alone
+    "thresholding": False,
+    "rescale_betas_zero_snr": False,
+    "set_alpha_to_one": True,
+}
+
+
+class CheckpointError(ValueError):
+    """A model directory cannot be used; the message says which file, what is wrong and how to mend it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """The fields of scheduler_config.json that say how the network was trained and how its chain is meant to run.
+
+    Raises:
+        ValueError: a value that is not supported.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    variance_type: Variance = "fixed_small"  # of the ancestral chain: fixed_small or fixed_large
+    clip_sample: bool = True  # clip x_0_hat to +-clip_sample_range
+    clip_sample_range: float = 1.0
+    prediction_type: Prediction = "epsilon"
+    timestep_spacing: Spacing = "leading"  # leading, trailing or linspace
+    steps_offset: int = 0  # added to leading timesteps
+
+    def __post_init__(self) -> None:
+        for field, allowed in {
+            "variance_type": ("fixed_small", "fixed_large"),
+            "prediction_type": ("epsilon", "sample", "v_prediction"),
+            "timestep_spacing": ("leading", "trailing", "linspace"),
+        }.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}={getattr(self, field)!r} is not supported; supported: {', '.join(allowed)}")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> SchedulerConfig:
+        """Reads a scheduler_config.json; keys that start with an underscore are notes of its writer."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        fields = {}
+        for key, value in config.items():
+            if key in known:
+                fields[key] = tuple(value) if isinstance(value, list) else value
+            elif key in ONLY:
+                if value != ONLY[key]:
+                    raise ValueError(f"{key}={value!r} is not supported; supported: {ONLY[key]!r}")
+            elif not key.startswith("_") and key not in UNUSED_BY_US:
+                raise ValueError(f"unknown field {key!r} in the scheduler's config; known: {', '.join(sorted(known))}")
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a scheduler_config.json that diffusers reads."""
+        return {"_class_name": "DDPMScheduler", **dataclasses.asdict(self)}
+
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule that these fields name."""
+        return schedules.from_config(dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a model directory holds, ready to run: the network on the CPU in evaluation mode, and its schedule."""
+
+    name: str  # the directory's name
+    sha256: str  # of the weights file
+    net: UNet
+    scheduler: SchedulerConfig
+    schedule: NoiseSchedule
+
+    @property
+    def config(self) -> UNetConfig:
+        return self.net.config
+
+    @property
+    def null_label(self) -> int | None:
+        """The label index that means "no label"; None where the network takes no labels."""
+        return self.config.num_classes if self.config.num_class_embeds else None
+
+    def denoiser(self, device: torch.device) -> Denoiser:
+        """The network on a device, as x_0_hat(x_t, t, label)."""
+        clip = self.scheduler.clip_sample_range if self.scheduler.clip_sample else None
+        return Denoiser(TorchNetwork(self.net, device), self.scheduler.prediction_type, clip, self.null_label)
+
+    def plan(self, sampler: str, steps: int | None = None, *, eta: float = 0.0) -> SamplingPlan:
+        """A sampler's plan on this model's schedule, with the spacing and variance its config asks for."""
+        s = self.scheduler
+        return plans.build(
+            self.schedule, sampler, steps,
+            eta=eta, variance=s.variance_type, spacing=s.timestep_spacing, offset=s.steps_offset,
+        )  # fmt: skip
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes to a temporary name, flushes to the disk, renames: path holds the old content or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def save_model(directory: Path, weights: Mapping[str, Tensor], config: UNetConfig, scheduler: SchedulerConfig) -> str:
+    """Writes a model directory that diffusers loads as a DDPMPipeline. Returns the weights' sha256."""
+    tensors = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in weights.items()}
+    content = save(tensors, metadata={"format": "pt"})
+    index = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    write_atomically(directory / "unet" / WEIGHTS_NAME, content)
+    write_atomically(directory / "unet" / "config.json", to_json(config.to_dict()))
+    write_atomically(directory / "scheduler" / "scheduler_config.json", to_json(scheduler.to_dict()))
+    write_atomically(directory / "model_index.json", to_json(index))
+    return hashlib.sha256(content).hexdigest()
+
+
+def load_model(directory: Path) -> Model:
+    """Reads a model directory, nested or flat.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, does not fit its config, or asks for what is not supported.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"no model directory at {directory}: train one with `python -m ddpm_core.train`")
+    nested = (directory / "unet").is_dir()
+    unet_dir = directory / "unet" if nested else directory
+    scheduler_dir = directory / "scheduler" if nested else directory
+    config_path, scheduler_path = unet_dir / "config.json", scheduler_dir / "scheduler_config.json"
+    try:
+        config = UNetConfig.from_dict(read_json(config_path))
+        _ = config.image_shape
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{config_path}: {error}") from error
+    try:
+        scheduler = SchedulerConfig.from_dict(read_json(scheduler_path))
+        schedule = scheduler.schedule()
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{scheduler_path}: {error}") from error
+
+    weights_path = unet_dir / WEIGHTS_NAME
+    if not weights_path.is_file():
+        raise CheckpointError(f"{weights_path} is missing: only safetensors weights are read, never pickled ones")
+    net = UNet(config)
+    try:
+        _check_shapes(weights_path, net)
+        net.load_state_dict(load_file(weights_path))
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{weights_path}: {error}") from error
+    net.eval().requires_grad_(False)
+    return Model(directory.resolve().name, sha256_of(weights_path), net, scheduler, schedule)
+
+
+def _check_shapes(path: Path, net: UNet) -> None:
+    """Compares the file's header with the network before any tensor is read."""
+    wanted = {k: tuple(v.shape) for k, v in net.state_dict().items()}
+    with safe_open(path, framework="pt") as file:
+        found = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 (not a dict)
+    for key in wanted.keys() ^ found.keys():
+        raise ValueError(f"tensor {key!r} is {'missing' if key in wanted else 'not part of this config'}")
+    for key, shape in wanted.items():
+        if found[key] != shape:
+            raise ValueError(f"tensor {key!r} has shape {found[key]}, the config asks for {shape}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError where it is missing or is none."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

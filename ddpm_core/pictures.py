@@ -1,0 +1,54 @@
+"""Pictures of what a model does: grids of images, and the curves of a training run (matplotlib, extra `train`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ddpm_core import data
+
+
+def grid(images: Tensor, columns: int, *, pad: int = 2) -> Tensor:
+    """Lays images (N, C, H, W) uint8 out in rows of `columns`, white between them -> (C, H', W') uint8."""
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    canvas = images.new_full((c, rows * (h + pad) - pad, columns * (w + pad) - pad), 255)
+    for i, image in enumerate(images):
+        top, left = i // columns * (h + pad), i % columns * (w + pad)
+        canvas[:, top : top + h, left : left + w] = image
+    return canvas
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(C, H, W) uint8 with one or three channels -> a picture."""
+    array = image.permute(1, 2, 0).contiguous().cpu().numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+def save_samples(path: Path, x: Tensor, columns: int, *, scale: int = 2) -> None:
+    """Writes images (N, C, H, W) in [-1, 1] as one PNG."""
+    picture = to_pil(grid(data.to_uint8(x), columns))
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def save_loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None:
+    """Writes the loss over the steps, raw and smoothed, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, losses, linewidth=0.6, alpha=0.4, label="loss")
+    width = max(1, len(losses) // 25)
+    if len(losses) > 2 * width:
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        axes.plot(steps[width - 1 :], smooth, label=f"mean of {width} points")
+    axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

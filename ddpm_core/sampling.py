@@ -1,0 +1,92 @@
+"""The reverse process: step() is the only place that advances x, sample() runs a plan with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ddpm_core.denoiser import Denoiser
+from ddpm_core.noise import noise
+from ddpm_core.plans import SamplingPlan
+
+
+def step(
+    x: Sequence[Tensor], x_0_hat: Sequence[Tensor], a: Tensor, b: Tensor, d: Tensor, z: Tensor | None
+) -> Tensor:
+    """x' = sum_k (a_k x[i-k] + b_k x_0_hat[i-k]) + d z, row by row.
+
+    A coefficient of 0 leaves its term out, whatever the tensor holds (0 * NaN would be NaN).
+
+    Args:
+        x: Ka tensors (B, C, H, W), the newest first.
+        x_0_hat: Kb tensors (B, C, H, W), the newest first.
+        a: (B, Ka). b: (B, Kb). d: (B,).
+        z: (B, C, H, W) standard normal; None where no row has d != 0.
+
+    Returns:
+        (B, C, H, W), the next x.
+    """
+
+    def term(coefficient: Tensor, tensor: Tensor) -> Tensor:
+        c = coefficient.to(tensor.dtype)[:, None, None, None]
+        return torch.where(c != 0, c * tensor, 0.0)
+
+    total = term(b[:, 0], x_0_hat[0])
+    for k in range(1, len(x_0_hat)):
+        total = total + term(b[:, k], x_0_hat[k])
+    for k in range(len(x)):
+        total = total + term(a[:, k], x[k])
+    return total if z is None else total + term(d, z)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleStep:
+    """What is known after plan row `index`: the new x and the x_0_hat it came from, both (B, C, H, W)."""
+
+    index: int
+    x: Tensor
+    x_0_hat: Tensor
+
+
+def draw_noise(seeds: Sequence[int], k: int, like: Tensor) -> Tensor:
+    """Noise number k of each image, (B, C, H, W) in like's type and on its device."""
+    shape = tuple(like.shape[1:])
+    return torch.stack([noise(seed, k, shape) for seed in seeds]).to(like)
+
+
+@torch.inference_mode()
+def sample(
+    denoiser: Denoiser,
+    plan: SamplingPlan,
+    x: Tensor,
+    seeds: Sequence[int],
+    *,
+    labels: Tensor | None = None,
+    guidance_scale: Tensor | None = None,
+) -> Iterator[SampleStep]:
+    """Runs a plan, yielding after every row; the last x is the image: `*_, last = sample(...)`.
+
+    Args:
+        denoiser: x_t -> x_0_hat.
+        plan: the sampler.
+        x: (B, C, H, W), where the chain starts: x_T, draw_noise(seeds, 0, ...).
+        seeds: B seeds; image i's noise depends on seeds[i] and on nothing else.
+        labels: (B,) long or None.
+        guidance_scale: (B,) or None.
+    """
+    device = x.device
+    t, abar, a, b, d = (torch.from_numpy(v.copy()).to(device) for v in
+                        (plan.timesteps, plan.alpha_bars, plan.a, plan.b, plan.d))  # fmt: skip
+    rows = len(x)
+    xs = [x] * plan.a.shape[1]
+    x_0_hats = [torch.zeros_like(x)] * plan.b.shape[1]
+    for i in range(len(plan)):
+        x_0_hat = denoiser(xs[0], t[i].expand(rows), abar[i].expand(rows), labels, guidance_scale)
+        x_0_hats = [x_0_hat, *x_0_hats[:-1]]
+        z = draw_noise(seeds, i + 1, x) if plan.d[i] else None
+        new = step(xs, x_0_hats, a[i].expand(rows, -1), b[i].expand(rows, -1), d[i].expand(rows), z)
+        xs = [new, *xs[:-1]]
+        yield SampleStep(i, new, x_0_hat)

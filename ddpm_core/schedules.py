@@ -1,0 +1,90 @@
+"""Noise schedules: the table of betas and what follows from it, in float64.
+
+Ho et al. 2020 count t = 1 .. T; here, as in their code and in diffusers, t = 0 .. T-1 and t = 0 is already one noising
+step. The clean image has no t: where a formula needs its alpha_bar, that is 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float64Array = NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+    """betas (T,) of the forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I); equation 2.
+
+    Raises:
+        ValueError: betas is not a non-empty vector of numbers in (0, 1], or reaches 1 before its last entry.
+    """
+
+    betas: Float64Array
+
+    def __post_init__(self) -> None:
+        betas = np.array(self.betas, dtype=np.float64)
+        if betas.ndim != 1 or not len(betas) or not np.all((betas > 0) & (betas <= 1)) or np.any(betas[:-1] == 1):
+            raise ValueError("betas must be a non-empty list of numbers in (0, 1); only the last one may be 1")
+        betas.setflags(write=False)
+        object.__setattr__(self, "betas", betas)
+
+    @property
+    def num_train_steps(self) -> int:
+        """T."""
+        return len(self.betas)
+
+    @property
+    def alphas_cumprod(self) -> Float64Array:
+        """(T,) alpha_bar_t = prod_{s<=t} (1 - beta_s): the share of the signal's variance left in x_t."""
+        return np.cumprod(1.0 - self.betas)
+
+    @property
+    def snr(self) -> Float64Array:
+        """(T,) alpha_bar / (1 - alpha_bar), the signal-to-noise ratio of x_t for data of unit variance."""
+        abar = self.alphas_cumprod
+        return abar / (1.0 - abar)
+
+
+def linear(num_train_steps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+    """Equally spaced betas; section 4 of Ho et al. 2020."""
+    return NoiseSchedule(np.linspace(beta_start, beta_end, num_train_steps))
+
+
+def scaled_linear(num_train_steps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+    """Square roots of betas equally spaced; the schedule of latent diffusion models."""
+    return NoiseSchedule(np.linspace(beta_start**0.5, beta_end**0.5, num_train_steps) ** 2)
+
+
+def cosine(num_train_steps: int = 1000, *, max_beta: float = 0.999) -> NoiseSchedule:
+    """alpha_bar follows a squared cosine; equation 17 of Nichol and Dhariwal 2021, s = 0.008, betas clipped."""
+
+    def alpha_bar(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    n = num_train_steps
+    return NoiseSchedule(np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)]))
+
+
+def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The schedule of a diffusers scheduler_config.json: trained_betas, else beta_schedule by name.
+
+    Raises:
+        ValueError: a schedule that is not known here.
+    """
+    if config.get("trained_betas") is not None:
+        return NoiseSchedule(np.array(config["trained_betas"]))
+    num_train_steps = int(config.get("num_train_timesteps", 1000))
+    name = config.get("beta_schedule", "linear")
+    if name == "squaredcos_cap_v2":
+        return cosine(num_train_steps)
+    if name not in ("linear", "scaled_linear"):
+        raise ValueError(f"beta_schedule={name!r} is not supported; supported: linear, scaled_linear, squaredcos_cap_v2")
+    builder = linear if name == "linear" else scaled_linear
+    ends = {k: float(config[k]) for k in ("beta_start", "beta_end") if k in config}
+    return builder(num_train_steps, **ends)

@@ -1,0 +1,349 @@
+"""The U-Net: structure, config fields and state-dict keys of the field's UNet2DModel.
+
+So a directory that we write loads in diffusers and the reverse. This file knows tensors and nothing of ours: no
+schedule, no sampler, no data range. Every config field of UNet2DModel is honoured or refused by its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
+_UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """The fields of UNet2DModel's config.json, with its defaults.
+
+    Raises:
+        ValueError: a field has a value that this implementation does not support, or two fields disagree.
+    """
+
+    sample_size: int | tuple[int, int] | None = None  # H = W, or (H, W), of the images it was trained on
+    in_channels: int = 3
+    out_channels: int = 3
+    center_input_sample: bool = False  # True: the net wants [0, 1] and maps it to [-1, 1] itself
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None  # None: 4 * block_out_channels[0]
+    freq_shift: int = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    mid_block_type: str | None = "UNetMidBlock2D"  # None: no middle block
+    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2  # residual blocks a level on the way down; one more on the way up
+    mid_block_scale_factor: float = 1.0
+    downsample_padding: int = 1
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    attention_head_dim: int | None = 8  # None: one head as wide as the level
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None  # of the middle attention; None: norm_num_groups
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"
+    add_attention: bool = True  # in the middle block
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None  # classes + 1; the last index is "no label"
+    num_train_timesteps: int | None = None
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        self._require("time_embedding_type", ("positional",))
+        self._require("mid_block_type", ("UNetMidBlock2D", None))
+        self._require("downsample_type", ("conv",))
+        self._require("upsample_type", ("conv",))
+        self._require("act_fn", ("silu", "swish"))
+        self._require("resnet_time_scale_shift", ("default", "scale_shift"))
+        self._require("class_embed_type", (None,))
+        self._require("downsample_padding", (0, 1))
+        for field, allowed in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
+            types = getattr(self, field)
+            if len(types) != levels:
+                raise ValueError(f"{field} has {len(types)} entries, block_out_channels has {levels}: they must agree")
+            for name in types:
+                if name not in allowed:
+                    raise ValueError(f"{field}: {name!r} is not supported; supported: {', '.join(allowed)}")
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"norm_num_groups={self.norm_num_groups} must divide block_out_channels ({channels})")
+            if self.attention_head_dim and channels % self.attention_head_dim:
+                raise ValueError(
+                    f"attention_head_dim={self.attention_head_dim} must divide block_out_channels ({channels})"
+                )
+        if self.resnet_time_scale_shift != "default" and self.add_attention and self.attn_norm_num_groups is None:
+            raise ValueError("resnet_time_scale_shift='scale_shift' needs attn_norm_num_groups, or add_attention=false")
+
+    def _require(self, field: str, allowed: Sequence[object]) -> None:
+        value = getattr(self, field)
+        if value not in allowed:
+            names = ", ".join(repr(a) for a in allowed)
+            raise ValueError(f"{field}={value!r} is not supported; supported: {names}")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
+        """Reads a config.json; keys that start with an underscore are notes of its writer and are skipped."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
+        for key in given:
+            if key not in known:
+                raise ValueError(f"unknown field {key!r} in the U-Net's config; known: {', '.join(sorted(known))}")
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json that diffusers reads."""
+        return {"_class_name": "UNet2DModel", **dataclasses.asdict(self)}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image. Raises ValueError where the config names no sample_size."""
+        if self.sample_size is None:
+            raise ValueError("sample_size is missing in the U-Net's config: the image size is not known")
+        height, width = (self.sample_size,) * 2 if isinstance(self.sample_size, int) else self.sample_size
+        factor = 2 ** (len(self.block_out_channels) - 1)
+        if height % factor or width % factor:
+            raise ValueError(f"sample_size={self.sample_size!r} must be a multiple of {factor}, 2^(levels - 1)")
+        return self.in_channels, height, width
+
+    @property
+    def num_classes(self) -> int:
+        """Labels a caller may ask for: 0 .. num_classes - 1. 0 = the network is unconditional."""
+        return self.num_class_embeds - 1 if self.num_class_embeds else 0
+
+    @property
+    def temb_channels(self) -> int:
+        """Width of the time embedding that every residual block sees."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+
+def sinusoidal_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
+    """Transformer position embedding of t (Ho et al. 2020, appendix B). t (B,), any real -> (B, dim) float32."""
+    half = dim // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    angles = t[:, None].float() * torch.exp(exponent)[None, :]
+    parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers over the sinusoidal embedding."""
+
+    def __init__(self, dim_in: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(dim_in, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, emb: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(F.silu(self.linear_1(emb)))
+        return out
+
+
+class ResnetBlock2D(nn.Module):
+    """norm, SiLU, conv, + time, norm, SiLU, conv, + shortcut (Ho et al. 2020, appendix B)."""
+
+    def __init__(self, c: UNetConfig, channels_in: int, channels: int, *, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.scale_shift = c.resnet_time_scale_shift == "scale_shift"
+        if channels_in % c.norm_num_groups:
+            raise ValueError(
+                f"norm_num_groups={c.norm_num_groups} must divide every channel count; a skip has {channels_in}"
+            )
+        self.norm1 = nn.GroupNorm(c.norm_num_groups, channels_in, eps=c.norm_eps)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(c.temb_channels, channels * (2 if self.scale_shift else 1))
+        self.norm2 = nn.GroupNorm(c.norm_num_groups, channels, eps=c.norm_eps)
+        self.dropout = nn.Dropout(c.dropout)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)  # every block starts as its shortcut
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        time = self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        if self.scale_shift:
+            gain, shift = time.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + gain) + shift
+        else:
+            h = self.norm2(h + time)
+        h = self.conv2(self.dropout(F.silu(h)))
+        out: Tensor = (self.conv_shortcut(x) + h) / self.scale
+        return out
+
+
+class Attention(nn.Module):
+    """Self-attention over the H*W positions of a feature map, with a residual."""
+
+    def __init__(self, c: UNetConfig, channels: int, *, groups: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.heads = channels // (c.attention_head_dim or channels)
+        self.scale = scale
+        self.group_norm = nn.GroupNorm(groups, channels, eps=c.norm_eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        nn.init.zeros_(self.to_out[0].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, ch, h, w = x.shape
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
+        q, k, v = (
+            proj(tokens).view(b, h * w, self.heads, ch // self.heads).transpose(1, 2)
+            for proj in (self.to_q, self.to_k, self.to_v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, ch)
+        out = self.to_out[0](out).transpose(1, 2).reshape(b, ch, h, w)
+        return (x + out) / self.scale
+
+
+class Downsample2D(nn.Module):
+    """Halves H and W by a strided convolution."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 0 else x)
+        return out
+
+
+class Upsample2D(nn.Module):
+    """Doubles H and W: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+class Level(nn.Module):
+    """One resolution, on the way down or up: residual blocks, attention after each if asked, then a resampler."""
+
+    def __init__(self, c: UNetConfig, inputs: Sequence[int], channels: int, kind: str, resampler: str | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock2D(c, channels_in, channels) for channels_in in inputs)
+        self.attentions = nn.ModuleList(
+            Attention(c, channels, groups=c.norm_num_groups) for _ in inputs if kind.startswith("Attn")
+        )
+        if resampler == "down":
+            self.downsamplers = nn.ModuleList([Downsample2D(channels, c.downsample_padding)])
+        elif resampler == "up":
+            self.upsamplers = nn.ModuleList([Upsample2D(channels)])
+
+    def block(self, i: int, x: Tensor, temb: Tensor) -> Tensor:
+        """The i-th residual block, and its attention where the level has any."""
+        x = self.resnets[i](x, temb)
+        return self.attentions[i](x) if len(self.attentions) else x
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, c: UNetConfig, channels: int) -> None:
+        super().__init__()
+        scale = c.mid_block_scale_factor
+        self.resnets = nn.ModuleList(ResnetBlock2D(c, channels, channels, scale=scale) for _ in range(2))
+        groups = c.attn_norm_num_groups or c.norm_num_groups
+        self.attentions = nn.ModuleList(
+            [Attention(c, channels, groups=groups, scale=scale)] if c.add_attention else []
+        )
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        x = self.resnets[0](x, temb)
+        for attention in self.attentions:
+            x = attention(x)
+        out: Tensor = self.resnets[1](x, temb)
+        return out
+
+
+class UNet(nn.Module):
+    """Predicts eps, x_0 or v (whatever it was trained for) from x_t, t and a label."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        widths = c.block_out_channels
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], c.temb_channels)
+        if c.num_class_embeds:
+            self.class_embedding = nn.Embedding(c.num_class_embeds, c.temb_channels)
+
+        # What the way down leaves for the way up, channel count by channel count.
+        skips = [widths[0]]
+        self.down_blocks = nn.ModuleList()
+        for i, (kind, width) in enumerate(zip(c.down_block_types, widths, strict=True)):
+            inputs = [skips[-1]] + [width] * (c.layers_per_block - 1)
+            self.down_blocks.append(Level(c, inputs, width, kind, "down" if i < last else None))
+            skips += [width] * (c.layers_per_block + (i < last))
+        self.mid_block = MidBlock(c, widths[-1]) if c.mid_block_type else None
+        self.up_blocks = nn.ModuleList()
+        width_in = widths[-1]
+        for i, (kind, width) in enumerate(zip(c.up_block_types, reversed(widths), strict=True)):
+            inputs = []
+            for _ in range(c.layers_per_block + 1):
+                inputs.append(width_in + skips.pop())
+                width_in = width
+            self.up_blocks.append(Level(c, inputs, width, kind, "up" if i < last else None))
+
+        self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], eps=c.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """One network call.
+
+        Args:
+            x_t: (B, C, H, W) in the float type of the weights.
+            t: (B,), 0 .. T-1, integer or fractional.
+            label: (B,) long, 0 .. num_class_embeds - 1; needed exactly when the network has class embeddings.
+
+        Returns:
+            (B, C, H, W): what the network was trained to predict.
+
+        Raises:
+            ValueError: a label is missing, or the network takes none.
+        """
+        c = self.config
+        if (label is None) == bool(c.num_class_embeds):
+            raise ValueError("this network needs labels" if c.num_class_embeds else "this network takes no labels")
+        emb = sinusoidal_embedding(
+            t, c.block_out_channels[0], flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift
+        )
+        temb = self.time_embedding(emb.to(x_t.dtype))
+        if label is not None:
+            temb = temb + self.class_embedding(label)
+
+        x = self.conv_in(2 * x_t - 1 if c.center_input_sample else x_t)
+        skips = [x]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                x = level.block(i, x, temb)
+                skips.append(x)
+            if hasattr(level, "downsamplers"):
+                x = level.downsamplers[0](x)
+                skips.append(x)
+        if self.mid_block is not None:
+            x = self.mid_block(x, temb)
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                x = level.block(i, torch.cat([x, skips.pop()], dim=1), temb)
+            if hasattr(level, "upsamplers"):
+                x = level.upsamplers[0](x)
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return out
