@@ -1,6 +1,7 @@
 """Model directories: the layout that diffusers' save_pretrained writes, and safe, atomic files.
 
-    <model>/model_index.json  unet/config.json  unet/diffusion_pytorch_model.safetensors  scheduler/scheduler_config.json
+    <model>/model_index.json  unet/config.json  unet/diffusion_pytorch_model.safetensors
+            scheduler/scheduler_config.json
 
 The old flat layout (config.json, *.safetensors and scheduler_config.json side by side) is read too. Weights are
 safetensors only: nothing is ever unpickled. Every config field is honoured or refused by its name.
@@ -79,7 +80,7 @@ class SchedulerConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> SchedulerConfig:
         """Reads a scheduler_config.json; keys that start with an underscore are notes of its writer."""
         known = {f.name for f in dataclasses.fields(cls)}
-        fields = {}
+        fields: dict[str, Any] = {}
         for key, value in config.items():
             if key in known:
                 fields[key] = tuple(value) if isinstance(value, list) else value

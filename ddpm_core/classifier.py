@@ -66,10 +66,10 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
 def accuracy(net: Classifier, images: data.ImageSet) -> float:
     """Share of images whose label the network names."""
     net.eval()
-    right = sum(
-        int((net(data.to_unit(x)).argmax(1) == y).sum())
-        for x, y in zip(images.images.split(500), images.labels.split(500), strict=True)
-    )
+    right = 0
+    for i in range(0, len(images.images), 500):
+        predicted = net(data.to_unit(images.images[i : i + 500])).argmax(1)
+        right += int((predicted == images.labels[i : i + 500]).sum())
     return right / len(images.images)
 
 
@@ -84,7 +84,8 @@ def fit(images: data.ImageSet, *, epochs: int, batch_size: int = 128, lr: float 
         lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2))
         for epoch in range(epochs):
             order = torch.randperm(len(images.images), generator=generator)
-            for index in order.split(batch_size)[: len(images.images) // batch_size]:
+            for i in range(0, len(order) - batch_size + 1, batch_size):
+                index = order[i : i + batch_size]
                 x = augment(data.to_unit(images.images[index]), generator)
                 loss = F.cross_entropy(net(x), images.labels[index], label_smoothing=0.05)
                 optimizer.zero_grad()

@@ -56,9 +56,7 @@ class Denoiser:
                 output = self.network(x_t, t, labels)
             else:
                 none = torch.full_like(guided, self.null_label)
-                both = self.network(
-                    torch.cat([x_t, x_t[guided]]), torch.cat([t, t[guided]]), torch.cat([labels, none])
-                )
+                both = self.network(torch.cat([x_t, x_t[guided]]), torch.cat([t, t[guided]]), torch.cat([labels, none]))
                 output, unconditional = both[: len(x_t)].clone(), both[len(x_t) :]
                 s = guidance_scale[guided].to(x_t.dtype)[:, None, None, None]
                 output[guided] = unconditional + s * (output[guided] - unconditional)

@@ -13,7 +13,7 @@ class TorchNetwork:
 
     def __init__(self, net: UNet, device: torch.device) -> None:
         self.device = device
-        self.net = net.to(device, memory_format=torch.channels_last).eval()
+        self.net = net.to(device).to(memory_format=torch.channels_last).eval()
 
     @torch.inference_mode()
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:

@@ -13,9 +13,7 @@ from ddpm_core.noise import noise
 from ddpm_core.plans import SamplingPlan
 
 
-def step(
-    x: Sequence[Tensor], x_0_hat: Sequence[Tensor], a: Tensor, b: Tensor, d: Tensor, z: Tensor | None
-) -> Tensor:
+def step(x: Sequence[Tensor], x_0_hat: Sequence[Tensor], a: Tensor, b: Tensor, d: Tensor, z: Tensor | None) -> Tensor:
     """x' = sum_k (a_k x[i-k] + b_k x_0_hat[i-k]) + d z, row by row.
 
     A coefficient of 0 leaves its term out, whatever the tensor holds (0 * NaN would be NaN).

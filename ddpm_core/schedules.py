@@ -42,7 +42,7 @@ class NoiseSchedule:
     @property
     def alphas_cumprod(self) -> Float64Array:
         """(T,) alpha_bar_t = prod_{s<=t} (1 - beta_s): the share of the signal's variance left in x_t."""
-        return np.cumprod(1.0 - self.betas)
+        return np.cumprod(1.0 - self.betas, dtype=np.float64)
 
     @property
     def snr(self) -> Float64Array:
@@ -84,7 +84,9 @@ def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     if name == "squaredcos_cap_v2":
         return cosine(num_train_steps)
     if name not in ("linear", "scaled_linear"):
-        raise ValueError(f"beta_schedule={name!r} is not supported; supported: linear, scaled_linear, squaredcos_cap_v2")
+        raise ValueError(
+            f"beta_schedule={name!r} is not supported; supported: linear, scaled_linear, squaredcos_cap_v2"
+        )
     builder = linear if name == "linear" else scaled_linear
     ends = {k: float(config[k]) for k in ("beta_start", "beta_end") if k in config}
     return builder(num_train_steps, **ends)

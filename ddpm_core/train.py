@@ -1,10 +1,10 @@
 """Offline training: `python -m ddpm_core.train --help`. Writes a run directory that can be resumed and served.
 
-    <out>/run.json             what is trained, on what, how
-    <out>/state.safetensors    everything that changes, for --resume
-    <out>/metrics.jsonl        one line every few steps
-    <out>/samples.png loss.png pictures, renewed at every checkpoint
-    <out>/model/               the averaged weights as a model directory: DDPM_MODEL=<out>/model python -m app
+<out>/run.json             what is trained, on what, how
+<out>/state.safetensors    everything that changes, for --resume
+<out>/metrics.jsonl        one line every few steps
+<out>/samples.png loss.png pictures, renewed at every checkpoint
+<out>/model/               the averaged weights as a model directory: DDPM_MODEL=<out>/model python -m app
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Run:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> Run:
-        recipe = {k: tuple(v) if isinstance(v, list) else v for k, v in d["recipe"].items()}
+        recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in d["recipe"].items()}
         return cls(
             d["data"], d["data_root"], UNetConfig.from_dict(d["unet"]),
             SchedulerConfig.from_dict(d["scheduler"]), Recipe(**recipe),
@@ -76,7 +76,13 @@ def duration(text: str) -> float:
 
 
 def show_duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,17 +95,35 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--out", type=Path, default=Path("runs/mnist"), help="run directory (default: %(default)s)")
     where.add_argument("--resume", action="store_true", help="go on with the run in --out; only its length may change")
     where.add_argument("--steps", type=int, help="optimizer steps in all")
-    where.add_argument("--time-budget", type=duration, dest="time_budget_s", metavar="DURATION", help="such as 40m; instead of --steps")
-    where.add_argument("--save-every", type=duration, default=300.0, metavar="DURATION", help="between checkpoints (default: 5m)")
+    where.add_argument(
+        "--time-budget", type=duration, dest="time_budget_s", metavar="DURATION", help="such as 40m; instead of --steps"
+    )
+    where.add_argument(
+        "--save-every", type=duration, default=300.0, metavar="DURATION", help="between checkpoints (default: 5m)"
+    )
     where.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    where.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the step; takes a minute, gains half (default: yes)")
-    where.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=None, help="bfloat16 autocast (default: where the hardware has it)")
+    where.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="torch.compile the step; takes a minute, gains half (default: yes)",
+    )
+    where.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="bfloat16 autocast (default: where the hardware has it)",
+    )
     what = p.add_argument_group("data")
     what.add_argument("--data", choices=sorted(data.DATASETS), default="mnist")
-    what.add_argument("--data-root", type=Path, default=Path("data"), help="torchvision's root folder (default: %(default)s)")
+    what.add_argument(
+        "--data-root", type=Path, default=Path("data"), help="torchvision's root folder (default: %(default)s)"
+    )
     what.add_argument("--download", action="store_true", default=False, help="fetch the data set where it is missing")
     how = p.add_argument_group("recipe (each option overrides the preset)")
-    how.add_argument("--recipe", choices=sorted(PRESETS), default="reference", help="preset (default: %(default)s, Ho et al. 2020)")
+    how.add_argument(
+        "--recipe", choices=sorted(PRESETS), default="reference", help="preset (default: %(default)s, Ho et al. 2020)"
+    )
     how.add_argument("--prediction", choices=get_args(Prediction))
     how.add_argument("--schedule", choices=sorted(SCHEDULES))
     how.add_argument("--variance", choices=("fixed_small", "fixed_large"), default="fixed_small")
@@ -114,7 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             how.add_argument(flag, type=type(field.default))
     net = p.add_argument_group("network")
-    net.add_argument("--channels", type=int, nargs="+", default=[32, 64, 64], help="one width a resolution (default: 32 64 64)")
+    net.add_argument(
+        "--channels", type=int, nargs="+", default=[32, 64, 64], help="one width a resolution (default: 32 64 64)"
+    )
     net.add_argument("--layers", type=int, default=1, help="residual blocks a resolution (default: 1)")
     net.add_argument("--dropout", type=float, default=0.0)
     return p
@@ -201,7 +227,7 @@ def pick_device(name: str) -> torch.device:
 def has_bf16(device: torch.device) -> bool:
     """Whether the hardware computes in bfloat16 itself, so that it is faster than float32 there."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -213,7 +239,8 @@ def announce(run: Run, trainer: Trainer, images: data.ImageSet, out: Path, compi
     print(
         f"net    U-Net {'/'.join(map(str, run.unet.block_out_channels))}, {parameters:,} parameters, "
         f"{run.scheduler.prediction_type}, {run.scheduler.beta_schedule} schedule\n"
-        f"data   {run.data}: {len(images.images):,} images {tuple(images.images.shape[1:])}, {images.num_classes} classes\n"
+        f"data   {run.data}: {len(images.images):,} images {tuple(images.images.shape[1:])}, "
+        f"{images.num_classes} classes\n"
         f"on     {trainer.device}, {torch.get_num_threads()} threads, {'bfloat16' if trainer.bf16 else 'float32'}"
         f"{', compiled (the first step takes a minute)' if compiled else ''}",
         flush=True,
@@ -287,7 +314,9 @@ def main(argv: list[str] | None = None) -> int:
             images = data.load(run.data, Path(run.data_root), train=True)
         else:
             if directory.state.exists():
-                raise FileExistsError(f"{args.out} already holds a run: add --resume to go on with it, or name another --out")
+                raise FileExistsError(
+                    f"{args.out} already holds a run: add --resume to go on with it, or name another --out"
+                )
             images = data.load(args.data, args.data_root, train=True, download=args.download)
             run = plan_run(args, images)
         device = pick_device(args.device)

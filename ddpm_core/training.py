@@ -142,7 +142,7 @@ class Trainer:
         self.recipe, self.prediction, self.null_label, self.device, self.bf16 = (
             recipe, prediction, null_label, device, bf16,
         )  # fmt: skip
-        self.net = net.to(device, memory_format=torch.channels_last).train()
+        self.net = net.to(device).to(memory_format=torch.channels_last).train()
         self.forward = torch.compile(net) if compile_net else net
         self.ema = Ema(net, recipe.ema_decay)
         self.optimizer = torch.optim.AdamW(
@@ -187,7 +187,8 @@ class Trainer:
         per_image = error.square().flatten(1).mean(1)
         if r.min_snr_gamma:
             per_image = per_image * loss_weights(self.prediction, self.snr[t], r.min_snr_gamma).float()
-        return per_image.mean()
+        loss: Tensor = per_image.mean()
+        return loss
 
     def train_step(self) -> tuple[float, float, float] | None:
         """One optimizer step: loss, lr, gradient norm. None where the gradient is not finite: nothing was changed."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,9 @@ class UNetConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
         """Reads a config.json; keys that start with an underscore are notes of its writer and are skipped."""
         known = {f.name for f in dataclasses.fields(cls)}
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")
+        }
         for key in given:
             if key not in known:
                 raise ValueError(f"unknown field {key!r} in the U-Net's config; known: {', '.join(sorted(known))}")
@@ -191,8 +193,9 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-        nn.init.zeros_(self.to_out[0].weight)
+        out = nn.Linear(channels, channels)
+        nn.init.zeros_(out.weight)
+        self.to_out = nn.ModuleList([out])
 
     def forward(self, x: Tensor) -> Tensor:
         b, ch, h, w = x.shape
@@ -203,7 +206,8 @@ class Attention(nn.Module):
         )
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, ch)
         out = self.to_out[0](out).transpose(1, 2).reshape(b, ch, h, w)
-        return (x + out) / self.scale
+        result: Tensor = (x + out) / self.scale
+        return result
 
 
 class Downsample2D(nn.Module):
@@ -236,6 +240,8 @@ class Level(nn.Module):
 
     def __init__(self, c: UNetConfig, inputs: Sequence[int], channels: int, kind: str, resampler: str | None) -> None:
         super().__init__()
+        self.depth = len(inputs)
+        self.resampler = resampler
         self.resnets = nn.ModuleList(ResnetBlock2D(c, channels_in, channels) for channels_in in inputs)
         self.attentions = nn.ModuleList(
             Attention(c, channels, groups=c.norm_num_groups) for _ in inputs if kind.startswith("Attn")
@@ -250,6 +256,15 @@ class Level(nn.Module):
         x = self.resnets[i](x, temb)
         return self.attentions[i](x) if len(self.attentions) else x
 
+    def resample(self, x: Tensor) -> Tensor:
+        """To the next resolution; only where there is one."""
+        out: Tensor = (self.downsamplers if self.resampler == "down" else self.upsamplers)[0](x)
+        return out
+
+
+def _levels(blocks: nn.ModuleList) -> Iterator[Level]:
+    return iter(cast(Iterable[Level], blocks))
+
 
 class MidBlock(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
@@ -259,9 +274,7 @@ class MidBlock(nn.Module):
         scale = c.mid_block_scale_factor
         self.resnets = nn.ModuleList(ResnetBlock2D(c, channels, channels, scale=scale) for _ in range(2))
         groups = c.attn_norm_num_groups or c.norm_num_groups
-        self.attentions = nn.ModuleList(
-            [Attention(c, channels, groups=groups, scale=scale)] if c.add_attention else []
-        )
+        self.attentions = nn.ModuleList([Attention(c, channels, groups=groups, scale=scale)] if c.add_attention else [])
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         x = self.resnets[0](x, temb)
@@ -331,19 +344,19 @@ class UNet(nn.Module):
 
         x = self.conv_in(2 * x_t - 1 if c.center_input_sample else x_t)
         skips = [x]
-        for level in self.down_blocks:
-            for i in range(len(level.resnets)):
+        for level in _levels(self.down_blocks):
+            for i in range(level.depth):
                 x = level.block(i, x, temb)
                 skips.append(x)
-            if hasattr(level, "downsamplers"):
-                x = level.downsamplers[0](x)
+            if level.resampler:
+                x = level.resample(x)
                 skips.append(x)
         if self.mid_block is not None:
             x = self.mid_block(x, temb)
-        for level in self.up_blocks:
-            for i in range(len(level.resnets)):
+        for level in _levels(self.up_blocks):
+            for i in range(level.depth):
                 x = level.block(i, torch.cat([x, skips.pop()], dim=1), temb)
-            if hasattr(level, "upsamplers"):
-                x = level.upsamplers[0](x)
+            if level.resampler:
+                x = level.resample(x)
         out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
         return out

@@ -1,0 +1,54 @@
+# On a fresh machine: `make serve` runs the service, `make test` runs every check. Both make their environment first.
+PYTHON ?= python3
+PORT ?= 8000
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+# uv installs from the registry alone: a stray wheel in a find-links folder cannot give a torch without its torchvision.
+UV := env -u PIP_FIND_LINKS $(BIN)/uv pip
+
+.PHONY: serve test check test-slow card lock image clean
+
+serve: .venv/service
+	DDPM_PORT=$(PORT) $(BIN)/python -m app
+
+test: check
+	$(BIN)/python -m pytest -m "not slow"
+
+check: .venv/test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test-slow: .venv/test
+	$(BIN)/python -m pytest -m slow
+
+# The model card of the shipped weights: DATA_ROOT is the folder that holds MNIST/raw.
+DATA_ROOT ?= data
+card: .venv/service
+	$(BIN)/python -m ddpm_core.evaluate --data-root $(DATA_ROOT) --card
+
+lock: $(BIN)/uv
+	$(UV) compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+		--upgrade --extra train pyproject.toml -o requirements.lock
+	$(UV) compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+		--upgrade --extra train --extra test -c requirements.lock pyproject.toml -o requirements-test.lock
+
+image:
+	docker build -t ddpm-service .
+
+clean:
+	rm -rf .venv
+
+$(BIN)/uv:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q uv==$(UV_VERSION)
+
+.venv/service: requirements.lock pyproject.toml | $(BIN)/uv
+	$(UV) install -q --require-hashes -r requirements.lock
+	$(UV) install -q --no-deps -e .
+	@touch $@
+
+.venv/test: requirements-test.lock pyproject.toml | $(BIN)/uv
+	$(UV) install -q --require-hashes -r requirements-test.lock
+	$(UV) install -q --no-deps -e .
+	@touch $@

@@ -1,0 +1,1 @@
+"""The HTTP service: loads one model and serves /generate, /noise and /health."""

@@ -1,0 +1,1 @@
+"""The engine: one worker thread that owns the network. Knows nothing of HTTP."""

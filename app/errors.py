@@ -1,0 +1,109 @@
+"""Errors are part of the interface: RFC 9457 problem+json, whatever Accept says, never a traceback.
+
+Problem              status   when
+  Invalid            422      a field or an image cannot be used; errors[] says which and why
+  NotAcceptable      406      no offered media type fits Accept
+  TooLarge           413      more bytes than the limit, counted on the wire
+  UnsupportedMedia   415      a body of another media type
+  QueueFull          429      more images asked for than the queue takes now; Retry-After
+  Unavailable        503      starting, draining or failed; Retry-After
+  InFlight           409      this X-Request-Id is being served
+"""
+
+from __future__ import annotations
+
+import http
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+log = logging.getLogger("app")
+
+
+class Problem(Exception):
+    """An answer that is an error. `slug` names its type for programs, `detail` tells a person how to mend it."""
+
+    status = 500
+    slug = "internal-error"
+
+    def __init__(
+        self, detail: str, *, errors: list[dict[str, Any]] | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.detail, self.errors, self.headers = detail, errors, headers
+
+
+class Invalid(Problem):
+    status, slug = 422, "invalid"
+
+    @classmethod
+    def field(cls, name: str, detail: str) -> Invalid:
+        """One wrong field."""
+        return cls(f"{name}: {detail}", errors=[{"field": name, "detail": detail}])
+
+
+class NotAcceptable(Problem):
+    status, slug = 406, "not-acceptable"
+
+
+class TooLarge(Problem):
+    status, slug = 413, "too-large"
+
+
+class UnsupportedMedia(Problem):
+    status, slug = 415, "unsupported-media-type"
+
+
+class InFlight(Problem):
+    status, slug = 409, "request-id-in-flight"
+
+
+class QueueFull(Problem):
+    status, slug = 429, "queue-full"
+
+
+class Unavailable(Problem):
+    status, slug = 503, "unavailable"
+
+
+def to_response(request: Request, status: int, slug: str, detail: str, **more: Any) -> JSONResponse:
+    headers = more.pop("headers", None)
+    body = {
+        "type": f"urn:ddpm:problem:{slug}",
+        "title": http.HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "instance": f"/requests/{request.scope.get('state', {}).get('request_id', '')}",
+        **{k: v for k, v in more.items() if v is not None},
+    }
+    return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+async def _on_problem(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, Problem)
+    return to_response(
+        request, error.status, error.slug, error.detail, errors=error.errors, headers=error.headers
+    )  # fmt: skip
+
+
+async def _on_http(request: Request, error: Exception) -> JSONResponse:
+    """What the framework itself refuses: an unknown path, a method that a path does not have."""
+    assert isinstance(error, HTTPException)
+    slug = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
+    detail = f"{request.method} {request.url.path}: {error.detail}; GET /docs lists what there is"
+    return to_response(request, error.status_code, slug, detail, headers=error.headers)
+
+
+async def _on_bug(request: Request, error: Exception) -> JSONResponse:
+    log.error("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
+    return to_response(request, 500, "internal-error", "an unexpected error; the server's log has it by request id")
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of an app a problem."""
+    app.add_exception_handler(Problem, _on_problem)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_bug)

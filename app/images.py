@@ -1,0 +1,101 @@
+"""Image files in and out, with Pillow. Slow: call it in a thread, never on the event loop."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+Pixels = NDArray[np.uint8]  # (C, H, W), C = 1 or 3
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+
+class BadImage(ValueError):
+    """The uploaded bytes are no image that we read; the message tells a person why."""
+
+
+def to_pil(pixels: Pixels) -> Image.Image:
+    """(C, H, W) -> a picture."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def encode_png(pixels: Pixels, facts: Mapping[str, object], *, scale: int = 1) -> bytes:
+    """A PNG, enlarged `scale` times by nearest neighbour, whose text chunk "ddpm" holds the facts as JSON.
+
+    The same pixels and facts give the same bytes.
+    """
+    picture = to_pil(pixels)
+    if scale > 1:
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_text("ddpm", json.dumps(facts, sort_keys=True, separators=(",", ":")))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=chunk)
+    return buffer.getvalue()
+
+
+def grid(images: Sequence[Pixels], columns: int, *, pad: int = 2) -> Pixels:
+    """Lays images of one shape out in rows of `columns`, white between them."""
+    c, h, w = images[0].shape
+    rows = -(-len(images) // columns)
+    canvas = np.full((c, rows * (h + pad) - pad, columns * (w + pad) - pad), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (h + pad), i % columns * (w + pad)
+        canvas[:, top : top + h, left : left + w] = image
+    return canvas
+
+
+def decode(content: bytes, *, max_pixels: int, fit: tuple[int, int, int] | None) -> Pixels:
+    """An uploaded file -> pixels: EXIF rotation applied, first frame, alpha dropped, palette to RGB, 16 to 8 bit.
+
+    Args:
+        content: the file. Its format is read from its bytes, never from its name.
+        max_pixels: refused above this, from the header, before anything is decoded.
+        fit: the (C, H, W) to convert and resize to; None keeps the image's own size and colours.
+
+    Raises:
+        BadImage: no image of a supported format, damaged, or too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=FORMATS) as file:
+                if file.width * file.height > max_pixels:
+                    raise BadImage(
+                        f"{file.width} x {file.height} pixels are over the limit of {max_pixels:,}: "
+                        "send a smaller image"
+                    )
+                file.seek(0)
+                file.load()
+                picture = ImageOps.exif_transpose(file)
+                picture = _to_8_bit(picture)
+    except BadImage:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage(f"too many pixels; the limit is {max_pixels:,}: send a smaller image") from error
+    except UnidentifiedImageError as error:
+        raise BadImage(f"not an image of a supported format ({', '.join(FORMATS)})") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise BadImage(f"the image is damaged or truncated and cannot be decoded ({type(error).__name__})") from error
+    if fit is not None:
+        channels, height, width = fit
+        picture = picture.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.LANCZOS)
+    array = np.array(picture, np.uint8)
+    return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+
+
+def _to_8_bit(picture: Image.Image) -> Image.Image:
+    """Any mode of the formats above -> L or RGB."""
+    if picture.mode.startswith("I") or picture.mode == "F":  # 16 bit grey
+        return Image.fromarray((np.asarray(picture, np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    if picture.mode in ("L", "LA", "La", "1"):
+        return picture.convert("L")
+    if picture.mode in ("P", "PA") and "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # Pillow wants this step; alpha goes in the next
+    return picture.convert("RGB")

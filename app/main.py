@@ -1,0 +1,42 @@
+"""The application: settings, engine and routes put together. `create_app()` is what servers and tests call."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from app import errors
+from app.engine.engine import Engine
+from app.engine.runner import Runner
+from app.http import RequestId
+from app.routes import generate, health, noise
+from app.settings import Settings
+from ddpm_core import __version__
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The service as an ASGI application; its lifespan starts the engine and drains it at the end."""
+    settings = settings or Settings()
+    engine = Engine(lambda: Runner(settings.model, settings.device), queue_slots=settings.queue_slots)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await run_in_threadpool(engine.stop, settings.drain_s)
+
+    app = FastAPI(
+        title="DDPM image service",
+        version=__version__,
+        description="Draws images with a denoising diffusion probabilistic model, and noises yours.",
+        lifespan=lifespan,
+    )
+    app.state.settings, app.state.engine = settings, engine
+    app.add_middleware(RequestId)
+    errors.install(app)
+    for module in (generate, noise, health):
+        app.include_router(module.router)
+    return app

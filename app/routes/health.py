@@ -1,0 +1,45 @@
+"""GET /health and the probes."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from app.engine.engine import Engine
+from app.schemas import EngineHealth, Health
+from ddpm_core import __version__
+
+router = APIRouter(tags=["health"])
+
+
+def _health(engine: Engine) -> Health:
+    info = engine.info
+    return Health(
+        status=engine.status,
+        device=info.device if info else None,
+        model=info.name if info else None,
+        sha256=info.sha256 if info else None,
+        engine=EngineHealth(slots=engine.slots(), slots_limit=engine.queue_slots),
+        version=__version__,
+    )
+
+
+@router.get("/health", responses={503: {"model": Health, "description": "starting, draining or failed"}})
+async def health(request: Request, response: Response) -> Health:
+    """What is served, on what, and whether it is ready."""
+    engine: Engine = request.app.state.engine
+    response.status_code = 200 if engine.status == "ok" else 503
+    return _health(engine)
+
+
+@router.get("/livez", responses={503: {"description": "the worker thread has died: restart the process"}})
+@router.get("/v2/health/live", include_in_schema=False)
+async def live(request: Request) -> Response:
+    """Whether the process is worth keeping."""
+    return Response(status_code=503 if request.app.state.engine.status == "failed" else 200)
+
+
+@router.get("/readyz", responses={503: {"description": "starting, draining or failed: send no work"}})
+@router.get("/v2/health/ready", include_in_schema=False)
+async def ready(request: Request) -> Response:
+    """Whether new work is welcome."""
+    return Response(status_code=200 if request.app.state.engine.status == "ok" else 503)

@@ -1,0 +1,138 @@
+"""The bodies of requests and responses. Unknown fields are refused, types are strict, limits stand in OpenAPI."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from app.errors import Invalid
+from ddpm_core.noise import MAX_SEED
+
+Label = Annotated[int, Field(ge=0)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class GenerateRequest(_Body):
+    """POST /generate. Every field is optional."""
+
+    n: Annotated[int, Field(ge=1, description="How many images; image i uses seed + i.")] = 1
+    label: Annotated[
+        Label | list[Label | None] | None,
+        Field(description="What to draw: one label for all, or a list of n with nulls for unconditional ones."),
+    ] = None
+    sampler: Annotated[
+        Literal["ddpm", "ddim", "dpmpp_2m", "fast", "balanced", "reference"],
+        Field(description="A sampler, or a preset: fast, balanced, reference."),
+    ] = "balanced"
+    steps: Annotated[int | None, Field(ge=1, description="Network calls per image; absent: the sampler's own.")] = None
+    eta: Annotated[float, Field(ge=0, le=1, description="ddim only: 0 is deterministic, 1 is DDPM.")] = 0.0
+    guidance_scale: Annotated[
+        float, Field(ge=0, le=20, description="Classifier-free guidance; 1 is off, else a label is needed.")
+    ] = 1.0
+    seed: Annotated[
+        int | None, Field(ge=0, le=MAX_SEED, description="0 .. 2^53 - n; absent: random, and returned.")
+    ] = None
+    scale: Annotated[int, Field(ge=1, le=16, description="Nearest-neighbour enlargement.")] = 1
+    response_format: Annotated[
+        Literal["png", "b64_json"] | None, Field(description="Decides between PNG and JSON against Accept.")
+    ] = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> GenerateRequest:
+        if isinstance(self.label, list) and len(self.label) != self.n:
+            raise ValueError(f"label: {len(self.label)} labels for n = {self.n} images; the list must have n entries")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta: {self.eta} is for sampler ddim alone; leave it out for {self.sampler}")
+        labels = self.label if isinstance(self.label, list) else [self.label]
+        if self.guidance_scale != 1 and all(label is None for label in labels):
+            raise ValueError("guidance_scale: needs a label; set one, or leave guidance_scale at 1")
+        if self.seed is not None and self.seed + self.n - 1 > MAX_SEED:
+            raise ValueError(f"seed: image i uses seed + i, so for n = {self.n} the largest is {MAX_SEED - self.n + 1}")
+        return self
+
+
+class GeneratedImage(_Body):
+    b64_json: str = Field(description="The PNG, base64.")
+    seed: int
+    label: int | None
+
+
+class GenerateResponse(_Body):
+    created: int = Field(description="Unix time in seconds.")
+    model: str
+    sampler: str
+    steps: int
+    images: list[GeneratedImage]
+
+
+class NoisedImage(_Body):
+    b64_json: str = Field(description="The PNG of x_t clamped to [-1, 1], base64.")
+    seed: int
+    t: int
+    alpha_bar: float
+    snr: float
+
+
+class NoiseResponse(_Body):
+    created: int = Field(description="Unix time in seconds.")
+    model: str
+    images: list[NoisedImage]
+
+
+class EngineHealth(_Body):
+    slots: int = Field(description="Images waiting or running.")
+    slots_limit: int
+
+
+class Health(_Body):
+    status: Literal["ok", "starting", "draining", "failed"]
+    device: str | None
+    model: str | None
+    sha256: str | None
+    engine: EngineHealth
+    version: str
+
+
+class ProblemBody(BaseModel):
+    """RFC 9457 problem+json, the body of every error."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    errors: list[dict[str, Any]] | None = None
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse(body: bytes, schema: type[Body]) -> Body:
+    """JSON -> a checked body; an empty body is {}. Raises Invalid with one entry for each wrong field."""
+    try:
+        return schema.model_validate_json(body.strip() or b"{}")
+    except ValidationError as error:
+        errors = [_describe(e, schema) for e in error.errors(include_url=False, include_context=False)]
+        raise Invalid("; ".join(f"{e['field']}: {e['detail']}" for e in errors), errors=errors) from None
+
+
+def _describe(error: Any, schema: type[BaseModel]) -> dict[str, str]:
+    """One pydantic error as {field, detail}; a union's branches are left out of the field's name."""
+    path = [
+        str(p)
+        for p in error["loc"]
+        if isinstance(p, int) or p in schema.model_fields or error["type"] == "extra_forbidden"
+    ]
+    message: str = error["msg"]
+    if error["type"] == "extra_forbidden":
+        message = f"unknown field; known: {', '.join(schema.model_fields)}"
+    elif error["type"] == "json_invalid":
+        path, message = ["body"], message.replace("Invalid JSON", "not valid JSON")
+    elif error["type"] == "value_error":
+        name, _, message = message.removeprefix("Value error, ").partition(": ")
+        path = [name]
+    return {"field": ".".join(path) or "body", "detail": message}

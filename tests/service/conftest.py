@@ -1,0 +1,90 @@
+"""The real application with the real engine behind httpx, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.main import create_app
+from app.settings import Settings
+
+
+class Service:
+    """A blocking client of an app whose lifespan is running."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.app = create_app(settings)
+        self.loop = asyncio.new_event_loop()
+        self.lifespan = self.app.router.lifespan_context(self.app)
+        self.client = httpx.AsyncClient(
+            transport=httpx.ASGITransport(self.app, raise_app_exceptions=False), base_url="http://test"
+        )
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self.loop.run_until_complete(work)
+
+    def start(self, *, wait: bool = True) -> None:
+        self.run(self.lifespan.__aenter__())
+        while wait and self.app.state.engine.status == "starting":
+            self.run(asyncio.sleep(0.01))
+
+    def stop(self) -> None:
+        self.run(self.client.aclose())
+        self.run(self.lifespan.__aexit__(None, None, None))
+        self.run(self.loop.shutdown_default_executor())
+        self.loop.close()
+
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return self.run(self.client.request(method, path, **options))
+
+    def generate(self, body: object = None, **headers: str) -> httpx.Response:
+        return self.request("POST", "/generate", json={} if body is None else body, headers=headers)
+
+    def noise(self, image: bytes, headers: dict[str, str] | None = None, **fields: object) -> httpx.Response:
+        data = {k: str(v) for k, v in fields.items()}
+        return self.request("POST", "/noise", files={"image": ("upload", image)}, data=data, headers=headers)
+
+
+@pytest.fixture(scope="session")
+def service(model_dir: Path) -> Iterator[Service]:
+    """The app on the tiny model, ready."""
+    running = Service(Settings(model=model_dir, device="cpu"))
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def make_service(model_dir: Path) -> Iterator[Callable[..., Service]]:
+    """Apps of other settings, stopped at the end."""
+    made: list[Service] = []
+
+    def make(*, wait: bool = True, **settings: Any) -> Service:
+        running = Service(Settings(**{"model": model_dir, "device": "cpu", **settings}))
+        made.append(running)
+        running.start(wait=wait)
+        return running
+
+    yield make
+    for running in made:
+        running.stop()
+
+
+def pixels(png: bytes) -> np.ndarray:
+    """A PNG as an array."""
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """A picture as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()

@@ -1,0 +1,242 @@
+"""POST /generate: what it draws, what it says of it, and what it refuses."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.engine.engine import Engine
+from app.engine.request import GenerateParams
+from ddpm_core.checkpoint import load_model
+from ddpm_core.data import to_uint8
+from ddpm_core.noise import MAX_SEED
+from ddpm_core.sampling import draw_noise, sample
+from tests.service.conftest import Service, pixels
+
+
+def test_an_empty_body_draws_one_png(service: Service) -> None:
+    response = service.request("POST", "/generate")
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "image/png"
+    assert pixels(response.content).shape == (28, 28)
+    assert int(response.headers["x-seed"]) >= 0
+
+
+def test_the_image_is_the_one_that_the_library_draws(service: Service, model_dir) -> None:
+    import torch
+
+    model = load_model(model_dir)
+    x = draw_noise([5], 0, torch.empty(0, 1, 28, 28))
+    plan = model.plan("ddim", 4, eta=0.5)
+    *_, last = sample(model.denoiser(torch.device("cpu")), plan, x, [5], labels=torch.tensor([3]))
+    response = service.generate({"seed": 5, "label": 3, "sampler": "ddim", "steps": 4, "eta": 0.5})
+    assert np.array_equal(pixels(response.content), to_uint8(last.x)[0, 0].numpy())
+
+
+def test_the_same_request_gives_the_same_bytes(service: Service) -> None:
+    body = {"seed": 1, "label": 3, "sampler": "ddpm", "steps": 5}
+    first, second = service.generate(body), service.generate(body)
+    assert first.content == second.content
+    other = service.generate({**body, "seed": 2})
+    assert other.content != first.content
+
+
+def test_a_random_seed_is_returned_and_reproduces_the_image(service: Service) -> None:
+    first = service.generate({"steps": 3})
+    again = service.generate({"steps": 3, "seed": int(first.headers["x-seed"])})
+    assert again.content == first.content
+
+
+def test_json_holds_every_image_with_its_seed_and_label(service: Service) -> None:
+    body = {"n": 3, "seed": 7, "label": [1, None, 2], "steps": 2, "guidance_scale": 2.5}
+    answer = service.generate(body, accept="application/json").json()
+    assert [image["seed"] for image in answer["images"]] == [7, 8, 9]
+    assert [image["label"] for image in answer["images"]] == [1, None, 2]
+    assert (answer["sampler"], answer["steps"]) == ("dpmpp_2m", 2)
+    for image in answer["images"]:
+        assert pixels(base64.b64decode(image["b64_json"])).shape == (28, 28)
+
+
+def test_image_i_of_a_set_can_be_had_alone(service: Service) -> None:
+    """Within one grey level: bit equality in any batch is the engine's next promise."""
+    many = service.generate({"n": 4, "seed": 10, "label": 6, "steps": 4}, accept="application/json").json()
+    for i in range(4):
+        alone = service.generate({"seed": 10 + i, "label": 6, "steps": 4})
+        of_set = pixels(base64.b64decode(many["images"][i]["b64_json"]))
+        assert np.abs(pixels(alone.content).astype(int) - of_set).max() <= 1
+
+
+def test_several_images_make_one_grid(service: Service) -> None:
+    sheet = pixels(service.generate({"n": 5, "seed": 1, "label": 2, "steps": 2}).content)
+    assert sheet.shape == (2 * 28 + 2, 3 * 28 + 4)
+    first = pixels(service.generate({"seed": 1, "label": 2, "steps": 2}).content)
+    assert np.abs(sheet[:28, :28].astype(int) - first).max() <= 1
+
+
+def test_scale_enlarges_by_nearest_neighbour(service: Service) -> None:
+    body = {"seed": 1, "steps": 2}
+    small, large = (pixels(service.generate({**body, "scale": s}).content) for s in (1, 3))
+    assert np.array_equal(large, small.repeat(3, 0).repeat(3, 1))
+
+
+def test_the_text_chunk_says_what_determines_the_pixels(service: Service) -> None:
+    response = service.generate({"seed": 4, "label": 9, "sampler": "ddim", "steps": 3, "eta": 0.25})
+    facts = json.loads(Image.open(io.BytesIO(response.content)).info["ddpm"])
+    health = service.request("GET", "/health").json()
+    assert facts == {
+        "version": health["version"], "model": "tiny", "sha256": health["sha256"], "sampler": "ddim", "steps": 3,
+        "eta": 0.25, "guidance_scale": 1.0, "label": 9, "seed": 4,
+    }  # fmt: skip
+
+
+def test_headers_say_who_drew_what_and_how_long_it_took(service: Service) -> None:
+    response = service.request("POST", "/generate", json={"steps": 1}, headers={"x-request-id": "a.b-c_1"})
+    assert response.headers["x-request-id"] == "a.b-c_1"
+    assert response.headers["x-model"].startswith("tiny@")
+    assert response.headers["vary"] == "Accept"
+    assert [part.split(";")[0] for part in response.headers["server-timing"].split(", ")] == [
+        "queue", "denoise", "encode",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("accept", "response_format", "content_type"),
+    [
+        ("*/*", None, "image/png"),
+        ("image/*", None, "image/png"),
+        ("text/html,*/*;q=0.8", None, "image/png"),
+        ("application/json", None, "application/json"),
+        ("image/png;q=0.4, application/json;q=0.5", None, "application/json"),
+        ("image/png;q=0, */*", None, "application/json"),
+        ("image/png", "b64_json", "application/json"),
+        ("application/json", "png", "image/png"),
+    ],
+)
+def test_accept_and_response_format_choose_the_media_type(
+    service: Service, accept: str, response_format: str | None, content_type: str
+) -> None:
+    body = {"steps": 1} if response_format is None else {"steps": 1, "response_format": response_format}
+    assert service.generate(body, accept=accept).headers["content-type"] == content_type
+
+
+@pytest.mark.parametrize("accept", ["text/html", "image/png;q=0", "garbage", "image/webp"])
+def test_another_accept_is_406(service: Service, accept: str) -> None:
+    response = service.generate({"steps": 1}, accept=accept)
+    assert response.status_code == 406
+    assert "image/png" in response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"n": 0}, "n"),
+        ({"n": 65}, "n"),
+        ({"n": True}, "n"),
+        ({"n": "3"}, "n"),
+        ({"n": 1.5}, "n"),
+        ({"label": 10}, "label"),
+        ({"label": -1}, "label"),
+        ({"n": 2, "label": [1]}, "label"),
+        ({"n": 2, "label": [1, 10]}, "label"),
+        ({"label": "seven"}, "label"),
+        ({"sampler": "euler"}, "sampler"),
+        ({"sampler": "unipc"}, "sampler"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 1001}, "steps"),
+        ({"eta": 0.5}, "eta"),
+        ({"sampler": "ddim", "eta": 1.5}, "eta"),
+        ({"guidance_scale": 2}, "guidance_scale"),
+        ({"guidance_scale": -1, "label": 1}, "guidance_scale"),
+        ({"seed": -1}, "seed"),
+        ({"seed": MAX_SEED + 1}, "seed"),
+        ({"seed": MAX_SEED, "n": 2}, "seed"),
+        ({"scale": 17}, "scale"),
+        ({"response_format": "jpeg"}, "response_format"),
+        ({"prompt": "seven"}, "prompt"),
+        ({"deadline_ms": 5}, "deadline_ms"),
+        ({"previews": 2}, "previews"),
+        ({"model": "x"}, "model"),
+    ],
+)
+def test_a_bad_field_is_422_and_named(service: Service, body: dict[str, object], field: str) -> None:
+    response = service.generate(body)
+    assert response.status_code == 422
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = response.json()
+    assert problem["status"] == 422
+    assert any(error["field"].split(".")[0] == field for error in problem["errors"])
+    assert problem["instance"] == f"/requests/{response.headers['x-request-id']}"
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"null", b'{"eta": NaN}', b'{"guidance_scale": Infinity}', b"\xff\xfe", b'{"n": 1e999}']
+)
+def test_broken_json_is_422(service: Service, content: bytes) -> None:
+    response = service.request("POST", "/generate", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 422
+    assert response.json()["errors"]
+
+
+def test_a_form_is_415_and_shows_the_right_curl(service: Service) -> None:
+    response = service.request("POST", "/generate", data={"label": "7"})
+    assert response.status_code == 415
+    assert "curl -H 'Content-Type: application/json'" in response.json()["detail"]
+
+
+def test_a_huge_body_is_413_even_without_content_length(service: Service) -> None:
+    async def stream():  # type: ignore[no-untyped-def]
+        for _ in range(40):
+            yield b" " * 1024
+
+    headers = {"content-type": "application/json"}
+    assert service.request("POST", "/generate", content=b" " * 20_000, headers=headers).status_code == 413
+    assert service.request("POST", "/generate", content=stream(), headers=headers).status_code == 413
+
+
+def test_a_bad_request_id_is_422(service: Service) -> None:
+    for bad in ("", "a b", "x" * 65, "é".encode("latin-1")):
+        response = service.request("POST", "/generate", json={}, headers={"x-request-id": bad})
+        assert response.status_code == 422, bad
+
+
+def test_what_was_refused_cost_nothing(service: Service) -> None:
+    """No refused request ever reached the engine."""
+    engine: Engine = service.app.state.engine
+    seen: list[GenerateParams] = []
+    submit = engine.submit
+
+    def watch(params: GenerateParams):  # type: ignore[no-untyped-def]
+        seen.append(params)
+        return submit(params)
+
+    engine.submit = watch  # type: ignore[method-assign]
+    try:
+        for body in ({"n": 65}, {"label": 10}, {"x": 1}, {"steps": 2000}):
+            assert service.generate(body).status_code == 422
+        assert not seen
+        assert service.generate({"steps": 1}).status_code == 200
+        assert len(seen) == 1
+    finally:
+        engine.submit = submit  # type: ignore[method-assign]
+
+
+def test_more_images_than_the_queue_takes_is_429(make_service: Callable[..., Service]) -> None:
+    service = make_service(queue_slots=3)
+    response = service.generate({"n": 4, "steps": 1})
+    assert response.status_code == 429
+    assert int(response.headers["retry-after"]) >= 1
+    assert service.generate({"n": 3, "steps": 1}).status_code == 200
+
+
+def test_an_unknown_path_and_method_are_problems(service: Service) -> None:
+    assert service.request("GET", "/nowhere").json()["status"] == 404
+    response = service.request("GET", "/generate")
+    assert response.status_code == 405
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["allow"] == "POST"
