@@ -195,6 +195,16 @@ class RunDirectory:
         checkpoint.write_atomically(self.metrics, lines.encode())
         weights = trainer.ema.weights
         sha256 = checkpoint.save_model(self.path / "model", weights, run.unet, run.scheduler)
+        facts = {
+            **{k: v for k, v in run.to_dict().items() if k in ("data", "recipe")},
+            "steps_done": trainer.step,
+            "images_seen": trainer.step * run.recipe.batch_size,
+            "training_s": round(trainer.elapsed_s),
+            "device": trainer.device.type,
+            "precision": "bfloat16 autocast" if trainer.bf16 else "float32",
+            "torch": torch.__version__,
+        }
+        checkpoint.write_atomically(self.path / "model" / "training.json", checkpoint.to_json(facts))
         net = UNet(run.unet)
         net.load_state_dict(weights)
         model = Model("model", sha256, net, run.scheduler, run.scheduler.schedule())
