@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -111,10 +112,13 @@ def load(directory: Path) -> LoadedClassifier:
     if not path.is_file():
         raise checkpoint.CheckpointError(f"{path} is missing: train it with `python -m ddpm_core.classifier`")
     digest = checkpoint.sha256_of(path)
-    if digest != card["sha256"]:
-        raise checkpoint.CheckpointError(f"{path} has sha256 {digest}, its card.json says {card['sha256']}")
-    net = Classifier(card["channels"], card["num_classes"])
-    net.load_state_dict(load_file(path))
+    if digest != card.get("sha256"):
+        raise checkpoint.CheckpointError(f"{path} has sha256 {digest}, its card.json says {card.get('sha256')}")
+    try:
+        net = Classifier(card["channels"], card["num_classes"])
+        net.load_state_dict(load_file(path))
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise checkpoint.CheckpointError(f"{directory}: the weights do not fit card.json: {error!r}") from error
     return LoadedClassifier(net.to(memory_format=torch.channels_last).eval().requires_grad_(False), digest)
 
 

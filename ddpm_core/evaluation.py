@@ -7,7 +7,6 @@ it; beside every figure of generated images stands the floor, the same figure of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +15,9 @@ from torch import Tensor
 from ddpm_core import data
 from ddpm_core.checkpoint import Model
 from ddpm_core.classifier import Classifier
-from ddpm_core.sampling import draw_noise, sample
+from ddpm_core.sampling import OnBatch, generate
 
 FEATURE_BATCH = 500
-OnBatch = Callable[[int], object]
-"""Is told how many images have just been finished."""
 
 
 @torch.inference_mode()
@@ -124,64 +121,6 @@ def class_balance(labels: Tensor, num_classes: int, expected_shares: Tensor | No
     )
 
 
-def generate(
-    model: Model,
-    device: torch.device,
-    seeds: Sequence[int],
-    labels: Sequence[int | None],
-    sampler: str,
-    steps: int | None = None,
-    guidance_scale: float = 1.0,
-    batch_size: int = 250,
-    on_batch: OnBatch | None = None,
-) -> Tensor:
-    """Images of a model, one for each seed.
-
-    Args:
-        model: what draws them.
-        device: where.
-        seeds: N of them; image i's noise depends on seeds[i] and on nothing else.
-        labels: N of them; None: "no label".
-        sampler: a key of plans.DEFAULT_STEPS or plans.PRESETS.
-        steps: of the sampler; None: its own.
-        guidance_scale: of the images that have a label; 1: no guidance.
-        batch_size: images at once.
-        on_batch: called after every batch.
-
-    Returns:
-        (N, C, H, W) uint8 on the CPU.
-
-    Raises:
-        ValueError: seeds and labels differ in number, or the model or the sampler does not take what is asked.
-    """
-    if len(seeds) != len(labels):
-        raise ValueError(f"{len(seeds)} seeds but {len(labels)} labels")
-    null_label = model.null_label
-    if null_label is None and (guidance_scale != 1 or any(label is not None for label in labels)):
-        raise ValueError(f"{model.name} is unconditional: it takes neither labels nor guidance")
-    for label in labels:
-        if label is not None and not 0 <= label < model.config.num_classes:
-            raise ValueError(f"label={label} must be 0 .. {model.config.num_classes - 1}")
-    denoiser, plan = model.denoiser(device), model.plan(sampler, steps)
-    like = torch.empty(0, *model.config.image_shape, device=device)
-    images = [torch.empty(0, *model.config.image_shape, dtype=torch.uint8)]
-    for start in range(0, len(seeds), batch_size):
-        batch_seeds, batch_labels = seeds[start : start + batch_size], labels[start : start + batch_size]
-        label_tensor = scale = None
-        if null_label is not None:
-            indices = [null_label if label is None else label for label in batch_labels]
-            label_tensor = torch.tensor(indices, device=device)
-            if guidance_scale != 1:
-                scales = [1.0 if label is None else guidance_scale for label in batch_labels]
-                scale = torch.tensor(scales, device=device)
-        x = draw_noise(batch_seeds, 0, like)
-        *_, last = sample(denoiser, plan, x, batch_seeds, labels=label_tensor, guidance_scale=scale)
-        images.append(data.to_uint8(last.x).cpu())
-        if on_batch is not None:
-            on_batch(len(batch_seeds))
-    return torch.cat(images)
-
-
 @dataclasses.dataclass(frozen=True)
 class Quality:
     """FID against reference_samples test images, and the share of images whose label the classifier names."""
@@ -269,11 +208,15 @@ def evaluate(
     check_fit(model, classifier_net, test, protocol)
     n, classes, labelled = protocol.samples, test.num_classes, model.null_label is not None
     asked: list[int | None] = [i % classes if labelled else None for i in range(n)]
-    how = (protocol.sampler, protocol.steps, protocol.guidance_scale)
+    how: dict[str, Any] = {
+        "sampler": protocol.sampler,
+        "steps": protocol.steps,
+        "guidance_scale": protocol.guidance_scale,
+    }
     seeds = range(protocol.seed, protocol.seed + n)
-    images = generate(model, device, seeds, asked, *how, on_batch=on_batch)
+    images = generate(model, device, seeds, asked, **how, on_batch=on_batch)
     more_seeds = range(seeds.stop, seeds.stop + protocol.unlabelled)
-    unlabelled = generate(model, device, more_seeds, [None] * protocol.unlabelled, *how, on_batch=on_batch)
+    unlabelled = generate(model, device, more_seeds, [None] * protocol.unlabelled, **how, on_batch=on_batch)
 
     reference_features, _ = features(classifier_net, test.images)
     order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(protocol.seed))[:n]

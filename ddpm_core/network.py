@@ -8,6 +8,22 @@ from torch import Tensor
 from ddpm_core.unet import UNet
 
 
+def pick_device(name: str) -> torch.device:
+    """A device by name; auto is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
 class TorchNetwork:
     """A U-Net on a device, evaluated without gradients."""
 

@@ -9,8 +9,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ddpm_core import data
-
 
 def grid(images: Tensor, columns: int, *, pad: int = 2) -> Tensor:
     """Lays images (N, C, H, W) uint8 out in rows of `columns`, white between them -> (C, H', W') uint8."""
@@ -29,9 +27,9 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
-def save_samples(path: Path, x: Tensor, columns: int, *, scale: int = 2) -> None:
-    """Writes images (N, C, H, W) in [-1, 1] as one PNG."""
-    picture = to_pil(grid(data.to_uint8(x), columns))
+def save_samples(path: Path, images: Tensor, columns: int, *, scale: int = 2) -> None:
+    """Writes images (N, C, H, W) uint8 as one PNG."""
+    picture = to_pil(grid(images, columns))
     picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
 
 

@@ -1,16 +1,24 @@
-"""The reverse process: step() is the only place that advances x, sample() runs a plan with it."""
+"""The reverse process: step() is the only place that advances x, sample() runs a plan with it.
+
+generate() goes from seeds and labels to images, for whoever wants them all at once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from ddpm_core import data
+from ddpm_core.checkpoint import Model
 from ddpm_core.denoiser import Denoiser
 from ddpm_core.noise import noise
 from ddpm_core.plans import SamplingPlan
+
+OnBatch = Callable[[int], object]
+"""Is told how many images have just been finished."""
 
 
 def step(x: Sequence[Tensor], x_0_hat: Sequence[Tensor], a: Tensor, b: Tensor, d: Tensor, z: Tensor | None) -> Tensor:
@@ -88,3 +96,67 @@ def sample(
         new = step(xs, x_0_hats, a[i].expand(rows, -1), b[i].expand(rows, -1), d[i].expand(rows), z)
         xs = [new, *xs[:-1]]
         yield SampleStep(i, new, x_0_hat)
+
+
+def generate(
+    model: Model,
+    device: torch.device,
+    seeds: Sequence[int],
+    labels: Sequence[int | None],
+    *,
+    sampler: str = "balanced",
+    steps: int | None = None,
+    eta: float = 0.0,
+    guidance_scale: float = 1.0,
+    batch_size: int = 250,
+    on_batch: OnBatch | None = None,
+) -> Tensor:
+    """Images of a model, one for each seed.
+
+    Args:
+        model: what draws them.
+        device: where.
+        seeds: N of them; image i's noise depends on seeds[i] and on nothing else.
+        labels: N of them; None: "no label".
+        sampler: a key of plans.DEFAULT_STEPS or plans.PRESETS.
+        steps: of the sampler; None: its own.
+        eta: ddim only.
+        guidance_scale: of the images that have a label; 1: no guidance.
+        batch_size: images at once.
+        on_batch: called after every batch.
+
+    Returns:
+        (N, C, H, W) uint8 on the CPU.
+
+    Raises:
+        ValueError: seeds and labels differ in number, or the model or the sampler does not take what is asked.
+        FloatingPointError: the network returned NaN or infinity.
+    """
+    if len(seeds) != len(labels):
+        raise ValueError(f"{len(seeds)} seeds but {len(labels)} labels")
+    null_label = model.null_label
+    if null_label is None and (guidance_scale != 1 or any(label is not None for label in labels)):
+        raise ValueError(f"{model.name} is unconditional: it takes neither labels nor guidance")
+    for label in labels:
+        if label is not None and not 0 <= label < model.config.num_classes:
+            raise ValueError(f"label={label} must be 0 .. {model.config.num_classes - 1}")
+    denoiser, plan = model.denoiser(device), model.plan(sampler, steps, eta=eta)
+    like = torch.empty(0, *model.config.image_shape, device=device)
+    images = [torch.empty(0, *model.config.image_shape, dtype=torch.uint8)]
+    for start in range(0, len(seeds), batch_size):
+        batch_seeds, batch_labels = seeds[start : start + batch_size], labels[start : start + batch_size]
+        label_tensor = scale = None
+        if null_label is not None:
+            indices = [null_label if label is None else label for label in batch_labels]
+            label_tensor = torch.tensor(indices, device=device)
+            if guidance_scale != 1:
+                scales = [1.0 if label is None else guidance_scale for label in batch_labels]
+                scale = torch.tensor(scales, device=device)
+        x = draw_noise(batch_seeds, 0, like)
+        *_, last = sample(denoiser, plan, x, batch_seeds, labels=label_tensor, guidance_scale=scale)
+        if not bool(torch.isfinite(last.x).all()):
+            raise FloatingPointError(f"{model.name} returned numbers that are not finite")
+        images.append(data.to_uint8(last.x).cpu())
+        if on_batch is not None:
+            on_batch(len(batch_seeds))
+    return torch.cat(images)

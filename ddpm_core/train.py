@@ -29,7 +29,8 @@ from tqdm import tqdm
 from ddpm_core import checkpoint, data, pictures
 from ddpm_core.checkpoint import Model, SchedulerConfig
 from ddpm_core.diffusion import Prediction
-from ddpm_core.sampling import draw_noise, sample
+from ddpm_core.network import pick_device
+from ddpm_core.sampling import generate
 from ddpm_core.training import Recipe, StepStats, Trainer, TrainingDiverged
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -214,12 +215,9 @@ class RunDirectory:
 
     def draw_samples(self, model: Model, device: torch.device, columns: int = 10) -> None:
         """One row of samples a class."""
-        rows = max(model.config.num_classes, 1)
-        seeds = range(rows * columns)
-        labels = torch.arange(rows, device=device).repeat_interleave(columns) if model.null_label else None
-        x = draw_noise(seeds, 0, torch.empty(0, *model.config.image_shape, device=device))
-        *_, last = sample(model.denoiser(device), model.plan("balanced"), x, seeds, labels=labels)
-        pictures.save_samples(self.path / "samples.png", last.x, columns)
+        rows = model.config.num_classes or columns
+        labels = [row if model.config.num_classes else None for row in range(rows) for _ in range(columns)]
+        pictures.save_samples(self.path / "samples.png", generate(model, device, range(len(labels)), labels), columns)
 
     def load(self, trainer: Trainer) -> list[StepStats]:
         """Puts the saved state into trainer and returns the log up to it."""
@@ -228,10 +226,6 @@ class RunDirectory:
         trainer.load_state_tensors(load_file(self.state), **progress)
         log = [StepStats(**json.loads(line)) for line in self.metrics.read_text().splitlines()]
         return [s for s in log if s.step <= trainer.step]
-
-
-def pick_device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def has_bf16(device: torch.device) -> bool:

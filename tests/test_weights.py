@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,17 +16,11 @@ from sklearn.svm import SVC
 from app.settings import Settings
 from ddpm_core import data
 from ddpm_core.checkpoint import load_model
+from tests.mnist import mnist_root
 from tests.service.conftest import Service, pixels
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "weights" / "mnist"
-
-
-def mnist_root() -> Path | None:
-    """A folder that holds MNIST, or None: DDPM_TEST_DATA_ROOT, data/, or shared/data beside the checkout."""
-    candidates = [os.environ.get("DDPM_TEST_DATA_ROOT"), ROOT / "data", ROOT.parent / "shared" / "data"]
-    found = (Path(c) for c in candidates if c and (Path(c) / "MNIST" / "raw" / "t10k-images-idx3-ubyte").is_file())
-    return next(found, None)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from ddpm_core import card as card_module
 from ddpm_core import checkpoint, classifier, data, evaluate, evaluation
+from tests.mnist import mnist_root
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "weights" / "mnist"
@@ -23,15 +25,6 @@ SAMPLES = 2000
 def card() -> dict[str, Any]:
     found: dict[str, Any] = json.loads((MODEL / "card.json").read_text())
     return found
-
-
-def data_root() -> Path | None:
-    """Where MNIST is: $DDPM_TEST_DATA_ROOT, or beside the repository, or in it."""
-    given = os.environ.get("DDPM_TEST_DATA_ROOT")
-    for root in [Path(given)] if given else [ROOT.parent / "shared" / "data", ROOT / "data"]:
-        if (root / "MNIST" / "raw").is_dir():
-            return root
-    return None
 
 
 def values(entries: dict[str, Any]) -> Iterator[float]:
@@ -56,13 +49,12 @@ def test_every_figure_has_its_number_of_images() -> None:
 
 
 def test_readme_is_what_the_card_gives() -> None:
-    assert (MODEL / "README.md").read_text() == evaluate.model_card(card())
+    assert (MODEL / "README.md").read_text() == card_module.readme(card())
 
 
 def test_card_names_no_place_on_a_machine() -> None:
     text = (MODEL / "card.json").read_text() + (MODEL / "README.md").read_text()
-    for word in ("/home/", "/root/", "/work/", "/tmp/", "/Users/", "../"):
-        assert word not in text
+    assert re.findall(r"(?m)(?:^|[\s\"'`=(])(?:\.\.|~)?/\w\S*", text) == []
 
 
 @pytest.mark.slow
@@ -77,7 +69,7 @@ def test_figures_hold_on_fewer_images() -> None:
     """
     if not (MODEL / "card.json").is_file():
         pytest.skip("weights/mnist/card.json is not there")
-    root = data_root()
+    root = mnist_root()
     if root is None:
         pytest.skip("MNIST is not there: set DDPM_TEST_DATA_ROOT to the folder that holds MNIST/raw")
     stated = card()

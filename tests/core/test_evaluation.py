@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_core import checkpoint, classifier, data, evaluate, evaluation
+from ddpm_core import card, checkpoint, classifier, data, evaluate, evaluation, sampling
 from ddpm_core.checkpoint import Model, SchedulerConfig
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -135,29 +135,37 @@ def test_features_are_the_classifiers_own_whatever_the_batch() -> None:
 
 def test_generate_draws_image_i_from_seed_i_alone() -> None:
     model, finished = tiny_model(), list[int]()
-    together = evaluation.generate(
-        model, CPU, [5, 6, 7], [1, None, 3], "dpmpp_2m", 3, 2.0, batch_size=2, on_batch=finished.append
+    together = sampling.generate(
+        model,
+        CPU,
+        [5, 6, 7],
+        [1, None, 3],
+        sampler="dpmpp_2m",
+        steps=3,
+        guidance_scale=2.0,
+        batch_size=2,
+        on_batch=finished.append,
     )
-    alone = evaluation.generate(model, CPU, [7], [3], "dpmpp_2m", 3, 2.0)
+    alone = sampling.generate(model, CPU, [7], [3], sampler="dpmpp_2m", steps=3, guidance_scale=2.0)
     assert together.shape == (3, 1, 8, 8)
     assert together.dtype == torch.uint8
     assert finished == [2, 1]
     assert (together[2].int() - alone[0].int()).abs().max() <= 1  # rounding of another batch size
-    other_label = evaluation.generate(model, CPU, [7], [4], "dpmpp_2m", 3, 2.0)
+    other_label = sampling.generate(model, CPU, [7], [4], sampler="dpmpp_2m", steps=3, guidance_scale=2.0)
     assert not torch.equal(alone, other_label)
-    unguided = evaluation.generate(model, CPU, [6], [None], "dpmpp_2m", 3, 1.0)
+    unguided = sampling.generate(model, CPU, [6], [None], sampler="dpmpp_2m", steps=3)
     assert (together[1].int() - unguided[0].int()).abs().max() <= 1  # guidance is for images with a label
 
 
 def test_generate_refuses() -> None:
     with pytest.raises(ValueError, match="2 seeds but 1 labels"):
-        evaluation.generate(tiny_model(), CPU, [0, 1], [0], "fast")
+        sampling.generate(tiny_model(), CPU, [0, 1], [0], sampler="fast")
     with pytest.raises(ValueError, match=r"must be 0 \.\. 9"):
-        evaluation.generate(tiny_model(), CPU, [0], [10], "fast")
+        sampling.generate(tiny_model(), CPU, [0], [10], sampler="fast")
     with pytest.raises(ValueError, match="unconditional"):
-        evaluation.generate(tiny_model(None), CPU, [0], [1], "fast")
+        sampling.generate(tiny_model(None), CPU, [0], [1], sampler="fast")
     with pytest.raises(ValueError, match="unconditional"):
-        evaluation.generate(tiny_model(None), CPU, [0], [None], "fast", None, 2.0)
+        sampling.generate(tiny_model(None), CPU, [0], [None], sampler="fast", guidance_scale=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +217,7 @@ def test_command_line_end_to_end(inside: Path, capsys: pytest.CaptureFixture[str
         assert picture.size == (2 * (10 * 10 - 2), 2 * (10 * 10 - 2))  # ten rows, ten columns, scaled by 2
     assert found["training"] == {"recipe": {"lr": 0.002}, "images_seen": 0}
     readme = (model_dir / "README.md").read_text()
-    assert readme == evaluate.model_card(found)
+    assert readme == card.readme(found)
     assert "- recipe.lr: 0.002" in readme
     assert "the floor" in readme
     assert "/somewhere" not in readme
