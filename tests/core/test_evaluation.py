@@ -261,7 +261,7 @@ def test_the_cards_own_examples_run(block: int, inside: Path, capsys: pytest.Cap
         (["--samples", "99"], "100 or more"),
         (["--sampler", "magic"], "not known"),
         (["--steps", "1001"], "must be 1 .. 1000"),
-        (["--device", "no-such"], "--device no-such"),
+        (["--device", "no-such"], "no-such"),
         (["--model", "weights/unconditional", "--guidance-scale", "2"], "unconditional"),
     ],
 )
