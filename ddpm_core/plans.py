@@ -164,6 +164,26 @@ PRESETS: dict[str, tuple[str, int | None]] = {
 """Names for people: a sampler and its steps."""
 
 
+def resolve(sampler: str, steps: int | None, num_train_steps: int) -> tuple[str, int]:
+    """The sampler behind a sampler's or preset's name, and its steps: those asked for, else its own, else T.
+
+    Raises:
+        ValueError: no such sampler, or steps is not 1 .. T.
+    """
+    if sampler in PRESETS:
+        sampler, own_steps = PRESETS[sampler]
+    elif sampler in DEFAULT_STEPS:
+        own_steps = DEFAULT_STEPS[sampler]
+    else:
+        known = ", ".join([*DEFAULT_STEPS, *PRESETS])
+        raise ValueError(f"sampler={sampler!r} is not known; known: {known}")
+    if steps is None:
+        steps = own_steps or num_train_steps
+    if not 1 <= steps <= num_train_steps:
+        raise ValueError(f"steps={steps} must be 1 .. {num_train_steps}")
+    return sampler, steps
+
+
 def build(
     schedule: NoiseSchedule,
     sampler: str,
@@ -187,16 +207,10 @@ def build(
     Raises:
         ValueError: no such sampler, or a number outside its range.
     """
-    preset_steps = None
-    if sampler in PRESETS:
-        sampler, preset_steps = PRESETS[sampler]
-    if sampler not in DEFAULT_STEPS:
-        known = ", ".join([*DEFAULT_STEPS, *PRESETS])
-        raise ValueError(f"sampler={sampler!r} is not known; known: {known}")
+    total = schedule.num_train_steps
+    sampler, count = resolve(sampler, steps, total)
     if eta and sampler != "ddim":
         raise ValueError(f"eta={eta} is for sampler ddim alone; {sampler} has none")
-    total = schedule.num_train_steps
-    count = steps or preset_steps or DEFAULT_STEPS[sampler] or total
     t = timesteps(total, count, "trailing" if count == total else spacing, offset)
     if sampler == "ddpm":
         return ddpm(schedule, t, variance=variance)

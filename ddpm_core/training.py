@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -95,10 +96,16 @@ def sample_timesteps(recipe: Recipe, num_train_steps: int, generator: torch.Gene
     return (u * num_train_steps).long().clamp(max=num_train_steps - 1)
 
 
+def seed_of(seed: int, use: Literal["order", "loss", "dropout"], count: int) -> int:
+    """The seed of one use of randomness: 32 bits, because torch's CPU generator drops all higher ones."""
+    key = (seed, ("order", "loss", "dropout").index(use), count)
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, size: int) -> Tensor:
     """A permutation of 0 .. size - 1, a function of seed and epoch alone."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed * 2**32 + epoch))
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(seed, "order", epoch)))
 
 
 def batch_indices(recipe: Recipe, step: int, size: int) -> Tensor:
@@ -171,7 +178,7 @@ class Trainer:
         """The loss of the next step's batch: E ||target - prediction||^2, weighted by min-SNR where asked."""
         r, device = self.recipe, self.device
         index = batch_indices(r, self.step, len(self.images)).to(device)
-        generator = torch.Generator(device).manual_seed(r.seed * 2**32 + self.step)
+        generator = torch.Generator(device).manual_seed(seed_of(r.seed, "loss", self.step))
         x_0 = data.to_unit(self.images[index])
         t = sample_timesteps(r, len(self.alphas_cumprod), generator)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
@@ -197,7 +204,7 @@ class Trainer:
             group["lr"] = lr
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # dropout draws from the global generator
-            torch.manual_seed(self.recipe.seed * 2**32 + self.step)
+            torch.manual_seed(seed_of(self.recipe.seed, "dropout", self.step))
             loss_tensor = self.loss()
             loss_tensor.backward()  # type: ignore[no-untyped-call]
         loss = float(loss_tensor.detach())
@@ -251,9 +258,12 @@ class Trainer:
         self.net.load_state_dict(part("net."))
         for k, v in part("ema.").items():
             self.ema.weights[k].copy_(v)
+        # The fused optimizer walks over memory as it lies: moments need the layout of their parameter (channels last).
+        parameters = list(self.net.parameters())
         slots: dict[int, dict[str, Tensor]] = {}
         for k, v in part("optimizer.").items():
             index, name = k.split(".")
-            slots.setdefault(int(index), {})[name] = v
+            parameter = parameters[int(index)]
+            slots.setdefault(int(index), {})[name] = torch.empty_like(parameter).copy_(v) if v.dim() else v
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         self.step, self.elapsed_s = step, elapsed_s

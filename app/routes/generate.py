@@ -31,10 +31,10 @@ def to_params(body: GenerateRequest, info: ModelInfo, request_id: str) -> Genera
         if label is not None and label >= info.num_classes:
             allowed = f"0 .. {info.num_classes - 1}" if info.num_classes else "none: this model is unconditional"
             raise errors.Invalid.field("label", f"{label} is not a label of {info.name}; allowed: {allowed}, or null")
-    sampler, preset_steps = plans.PRESETS.get(body.sampler, (body.sampler, None))
-    steps = body.steps or preset_steps or plans.DEFAULT_STEPS[sampler] or info.num_train_steps
-    if steps > info.num_train_steps:
-        raise errors.Invalid.field("steps", f"{steps} is over T = {info.num_train_steps}, the steps of the model")
+    try:
+        sampler, steps = plans.resolve(body.sampler, body.steps, info.num_train_steps)
+    except ValueError as error:
+        raise errors.Invalid.field("steps", str(error)) from None
     seed = random_seed(body.n) if body.seed is None else body.seed
     return GenerateParams(
         request_id, tuple(range(seed, seed + body.n)), labels, sampler, steps, body.eta, body.guidance_scale

@@ -117,13 +117,11 @@ def test_the_order_of_an_epoch_does_not_depend_on_who_drew_before() -> None:
     assert torch.equal(training.epoch_order(1, 0, 50), first)
 
 
-@pytest.mark.xfail(reason="torch's CPU generator drops all but the low 32 bits of its seed", raises=AssertionError)
 def test_another_seed_gives_another_order_of_the_images() -> None:
     orders = torch.stack([training.epoch_order(seed, 0, 50) for seed in (0, 1, 2, 2**31 - 1)])
     assert len(orders.unique(dim=0)) == 4
 
 
-@pytest.mark.xfail(reason="torch's CPU generator drops all but the low 32 bits of its seed", raises=AssertionError)
 def test_another_seed_or_step_draws_other_timesteps_and_noise() -> None:
     """All images are equal, so that a loss differs through t and eps alone."""
     losses = set()
@@ -297,7 +295,6 @@ def test_training_reduces_the_loss_of_a_small_unet() -> None:
     assert sum(losses[-10:]) / 10 < 0.5
 
 
-@pytest.mark.xfail(reason="loaded Adam moments lose their parameter's memory order", raises=AssertionError)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(tmp_path: Path, dropout: float) -> None:
     """12 steps at once, and 5 + save + load into another network + 7: every tensor of the state is equal.
