@@ -1,10 +1,10 @@
 # On a fresh machine: `make serve` runs the service, `make test` runs every check. Both make their environment first.
 PYTHON ?= python3
-PORT ?= 8000
+PORT ?= $(or $(DDPM_PORT),8000)
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 # uv installs from the registry alone: a stray wheel in a find-links folder cannot give a torch without its torchvision.
-UV := env -u PIP_FIND_LINKS $(BIN)/uv pip
+UV := env -u PIP_FIND_LINKS -u VIRTUAL_ENV $(BIN)/uv pip
 
 .PHONY: serve test check test-slow card lock image clean
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import sys
 
 import uvicorn
@@ -16,11 +18,12 @@ def main() -> int:
         settings = Settings()
     except ValidationError as error:
         for e in error.errors(include_url=False):
-            print(f"error: DDPM_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}", file=sys.stderr)
+            name = "".join(f"DDPM_{field}: ".upper() for field in e["loc"])
+            print(f"error: {name}{e['msg']}", file=sys.stderr)
         return 2
     app = create_app(settings)
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, timeout_graceful_shutdown=int(settings.drain_s) or None
+        app, host=settings.host, port=settings.port, timeout_graceful_shutdown=math.ceil(settings.drain_s)
     )
     server = uvicorn.Server(config)
 
@@ -29,6 +32,8 @@ def main() -> int:
             server.should_exit = True
 
     app.state.engine.on_failure = on_failure
+    for signum in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has ended: the exit code is ours
+        signal.signal(signum, lambda signum, frame: None)
     server.run()
     failure = app.state.engine.failure
     if failure is not None:

@@ -16,11 +16,14 @@ import http
 import logging
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 log = logging.getLogger("app")
+
+MAX_ERRORS = 16  # in one answer
 
 
 class Problem(Exception):
@@ -42,7 +45,13 @@ class Invalid(Problem):
     @classmethod
     def field(cls, name: str, detail: str) -> Invalid:
         """One wrong field."""
-        return cls(f"{name}: {detail}", errors=[{"field": name, "detail": detail}])
+        return cls.fields([{"field": name, "detail": detail}])
+
+    @classmethod
+    def fields(cls, errors: list[dict[str, Any]]) -> Invalid:
+        """Wrong fields, each {"field", "detail"}; the first MAX_ERRORS of them are named."""
+        named = errors[:MAX_ERRORS]
+        return cls("; ".join(f"{e['field']}: {e['detail']}" for e in named), errors=named)
 
 
 class NotAcceptable(Problem):
@@ -70,13 +79,14 @@ class Unavailable(Problem):
 
 
 def to_response(request: Request, status: int, slug: str, detail: str, **more: Any) -> JSONResponse:
-    headers = more.pop("headers", None)
+    request_id = request.scope.get("state", {}).get("request_id", "")
+    headers = {"X-Request-Id": request_id, **(more.pop("headers", None) or {})}
     body = {
         "type": f"urn:ddpm:problem:{slug}",
         "title": http.HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
-        "instance": f"/requests/{request.scope.get('state', {}).get('request_id', '')}",
+        "instance": f"/requests/{request_id}",
         **{k: v for k, v in more.items() if v is not None},
     }
     return JSONResponse(body, status, headers, media_type="application/problem+json")
@@ -98,12 +108,19 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
-    log.error("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
+    request_id = request.scope.get("state", {}).get("request_id", "")
+    log.error("request %s: unexpected error in %s %s", request_id, request.method, request.url.path, exc_info=error)
     return to_response(request, 500, "internal-error", "an unexpected error; the server's log has it by request id")
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    """The client left while it sent its body: nobody reads this answer, and nothing is wrong with us."""
+    return Response(status_code=400)
 
 
 def install(app: FastAPI) -> None:
     """Makes every error of an app a problem."""
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_bug)

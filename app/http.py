@@ -53,9 +53,10 @@ def negotiate(request: Request, offered: Sequence[str]) -> str:
     Raises:
         NotAcceptable: none fits.
     """
-    accept = request.headers.get("accept", "*/*")
+    accept = ", ".join(request.headers.getlist("accept")).lower()
+    ranges = [part for part in accept.split(",") if "/" in part or part.strip().startswith("*")]  # the rest is noise
     try:
-        best: str = mimeparse.best_match(list(offered), accept)
+        best: str = mimeparse.best_match(list(offered), ",".join(ranges) if accept.strip() else "*/*")
     except mimeparse.MimeTypeParseException:
         best = ""
     if not best:
@@ -122,6 +123,6 @@ async def read_form(request: Request, limit: int) -> FormData:
     parser = _InMemoryParser(request.headers, stream(), max_files=4, max_fields=16)
     try:
         return await parser.parse()
-    except (MultiPartException, KeyError) as error:
-        reason = error.message if isinstance(error, MultiPartException) else "the boundary is missing"
-        raise errors.Invalid(f"the form cannot be read: {reason}") from None
+    except (MultiPartException, UnicodeError, LookupError) as error:  # the latter two: of a strange charset
+        reason = error.message if isinstance(error, MultiPartException) else "send it as UTF-8"
+        raise errors.Invalid.field("body", f"the form cannot be read: {reason}") from None

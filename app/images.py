@@ -13,6 +13,8 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]  # (C, H, W), C = 1 or 3
 
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # here: catch_warnings is not thread-safe
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
@@ -63,18 +65,14 @@ def decode(content: bytes, *, max_pixels: int, fit: tuple[int, int, int] | None)
         BadImage: no image of a supported format, damaged, or too large.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=FORMATS) as file:
-                if file.width * file.height > max_pixels:
-                    raise BadImage(
-                        f"{file.width} x {file.height} pixels are over the limit of {max_pixels:,}: "
-                        "send a smaller image"
-                    )
-                file.seek(0)
-                file.load()
-                picture = ImageOps.exif_transpose(file)
-                picture = _to_8_bit(picture)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as file:
+            if file.width * file.height > max_pixels:
+                raise BadImage(
+                    f"{file.width} x {file.height} pixels are over the limit of {max_pixels:,}: send a smaller image"
+                )
+            file.seek(0)
+            file.load()
+            picture = _to_8_bit(ImageOps.exif_transpose(file))
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

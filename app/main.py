@@ -39,4 +39,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     errors.install(app)
     for module in (generate, noise, health):
         app.include_router(module.router)
+    schema = app.openapi()["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    schema["properties"]["n"]["maximum"] = settings.max_images
     return app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from app.errors import Invalid
 from ddpm_core.noise import MAX_SEED
@@ -21,7 +21,11 @@ class GenerateRequest(_Body):
 
     n: Annotated[int, Field(ge=1, description="How many images; image i uses seed + i.")] = 1
     label: Annotated[
-        Label | list[Label | None] | None,
+        Annotated[
+            Annotated[Label, Tag("one")] | Annotated[list[Label | None], Tag("list")],
+            Discriminator(lambda value: "list" if isinstance(value, list) else "one"),
+        ]
+        | None,
         Field(description="What to draw: one label for all, or a list of n with nulls for unconditional ones."),
     ] = None
     sampler: Annotated[
@@ -117,7 +121,7 @@ def parse(body: bytes, schema: type[Body]) -> Body:
         return schema.model_validate_json(body.strip() or b"{}")
     except ValidationError as error:
         errors = [_describe(e, schema) for e in error.errors(include_url=False, include_context=False)]
-        raise Invalid("; ".join(f"{e['field']}: {e['detail']}" for e in errors), errors=errors) from None
+        raise Invalid.fields(errors) from None
 
 
 def _describe(error: Any, schema: type[BaseModel]) -> dict[str, str]:

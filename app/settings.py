@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from PIL import Image
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -21,5 +22,13 @@ class Settings(BaseSettings):
     queue_slots: int = Field(1024, ge=1, description="Images that may wait or run before requests get 429.")
     max_body_bytes: int = Field(10 * 2**20, ge=1024, description="Size of an uploaded form.")
     max_json_bytes: int = Field(16 * 2**10, ge=256, description="Size of a JSON body.")
-    max_image_pixels: int = Field(16_000_000, ge=1, description="Pixels of an uploaded image, times the number of t.")
-    drain_s: float = Field(60.0, ge=0, description="Seconds that accepted work has to finish after SIGTERM.")
+    max_image_pixels: int = Field(
+        16_000_000, ge=1, le=Image.MAX_IMAGE_PIXELS, description="Pixels of an uploaded image, times the number of t."
+    )
+    drain_s: float = Field(60.0, ge=0, le=86_400, description="Seconds that accepted work has to finish after SIGTERM.")
+
+    @model_validator(mode="after")
+    def _queue_takes_a_request(self) -> Settings:
+        if self.queue_slots < self.max_images:
+            raise ValueError(f"DDPM_QUEUE_SLOTS={self.queue_slots} must be at least DDPM_MAX_IMAGES={self.max_images}")
+        return self

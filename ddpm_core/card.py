@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ddpm_core import checkpoint, pictures
-
-COLUMNS = 10  # of samples.png
 
 
 def _accuracy(entry: Mapping[str, Any]) -> str:
@@ -27,7 +24,7 @@ def results_table(card: Mapping[str, Any]) -> str:
         ("---", "---:", "---:", "---:"),
         (f"generated, {sampling['sampler']}, {sampling['nfe']} NFE", f"{metrics['fid']['samples']:,}",
          f"{metrics['fid']['value']:.3f}", _accuracy(metrics["label_accuracy"])),
-        ("real training images (the floor)", f"{floor['fid']['samples']:,}",
+        ("real training images (the floor)", f"{floor['fid']['sets']} x {floor['fid']['samples']:,}",
          f"{floor['fid']['value']:.3f}", _accuracy(floor["label_accuracy"])),
     ]  # fmt: skip
     widths = [max(len(row[k]) for row in rows) for k in range(4)]
@@ -67,7 +64,7 @@ def readme(card: Mapping[str, Any]) -> str:
     """README.md of a model directory, from its card.json and nothing else."""
     model, data_name = card["model"], card["data"]
     channels, height, width = model["image_shape"]
-    classes, path = model["classes"], f"weights/{model['name']}"
+    classes, path = model["classes"], model["path"]
     labels = f"torch.arange({classes})" if classes else "None"
     count = classes or 10
     asked = f"list(range({count}))" if classes else f"[None] * {count}"
@@ -102,11 +99,11 @@ With diffusers:
 
 ```python
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 
 unet = UNet2DModel.from_pretrained("{path}", subfolder="unet").eval()
-scheduler = DDPMScheduler.from_pretrained("{path}", subfolder="scheduler")
-scheduler.set_timesteps(100)
+scheduler = DDIMScheduler.from_pretrained("{path}", subfolder="scheduler")
+scheduler.set_timesteps(50)
 x, labels = torch.randn({count}, {channels}, {height}, {width}), {labels}{note}
 with torch.inference_mode():
     for t in scheduler.timesteps:
@@ -152,16 +149,8 @@ use its images as if they were real ones of the data set, nor train a classifier
 """
 
 
-def samples_by_class(images: Tensor, classes: int) -> tuple[Tensor, int]:
-    """The first images of each class, one row a class, and the number of columns; image i has class i % classes."""
-    rows = classes or COLUMNS
-    columns = min(COLUMNS, len(images) // rows)
-    return torch.cat([images[row::rows][:columns] for row in range(rows)]), columns
-
-
-def write(directory: Path, card: Mapping[str, Any], images: Tensor) -> None:
-    """Writes card.json, README.md and samples.png into a model directory; images as evaluation.evaluate drew them."""
-    picture, columns = samples_by_class(images, card["model"]["classes"])
-    pictures.save_samples(directory / "samples.png", picture, columns)
+def write(directory: Path, card: Mapping[str, Any], images: Tensor, columns: int) -> None:
+    """Writes card.json, README.md and, of images (N, C, H, W) uint8, samples.png into a model directory."""
+    pictures.save_samples(directory / "samples.png", images, columns)
     checkpoint.write_atomically(directory / "card.json", checkpoint.to_json(card))
     checkpoint.write_atomically(directory / "README.md", readme(card).encode())

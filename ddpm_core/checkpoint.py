@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ UNUSED_BY_US = {  # fields of diffusers' schedulers that change nothing for the 
     "sample_max_value",  # only with thresholding
     "skip_prk_steps",  # written by old pipelines of other schedulers
 }
+CLASSES = ("DDPMScheduler", "DDIMScheduler")  # of scheduler configs: others mean something else by the same fields
 ONLY = {  # fields that we can honour at one value alone
     "thresholding": False,
     "rescale_betas_zero_snr": False,
@@ -75,11 +77,33 @@ class SchedulerConfig:
         }.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r} is not supported; supported: {', '.join(allowed)}")
+        for field, kinds, low, high in (
+            ("num_train_timesteps", (int,), 1, math.inf),
+            ("beta_start", (int, float), 0, 1),
+            ("beta_end", (int, float), 0, 1),
+            ("clip_sample", (bool,), False, True),
+            ("clip_sample_range", (int, float), 1e-9, math.inf),
+            ("steps_offset", (int,), 0, math.inf),
+        ):
+            value = getattr(self, field)
+            if type(value) not in kinds or not low <= value <= high:
+                names = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{field}={value!r} must be {names}, {low} .. {high}")
+        if self.trained_betas is not None:
+            if len(self.trained_betas) != self.num_train_timesteps:
+                raise ValueError(
+                    f"trained_betas has {len(self.trained_betas)} entries, num_train_timesteps is "
+                    f"{self.num_train_timesteps}: they must agree"
+                )
+            if self.prediction_type == "epsilon" and self.trained_betas[-1] == 1:
+                raise ValueError("trained_betas ends in 1: x_T holds no signal, and epsilon cannot give x_0 there")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> SchedulerConfig:
         """Reads a scheduler_config.json; keys that start with an underscore are notes of its writer."""
         known = {f.name for f in dataclasses.fields(cls)}
+        if (name := config.get("_class_name", CLASSES[0])) not in CLASSES:
+            raise ValueError(f"_class_name={name!r} is not supported; supported: {', '.join(CLASSES)}")
         fields: dict[str, Any] = {}
         for key, value in config.items():
             if key in known:
@@ -102,7 +126,7 @@ class SchedulerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What a model directory holds, ready to run: the network on the CPU in evaluation mode, and its schedule."""
+    """What a model directory holds, ready to run: the network in evaluation mode, and its schedule."""
 
     name: str  # the directory's name
     sha256: str  # of the weights file
@@ -120,7 +144,7 @@ class Model:
         return self.config.num_classes if self.config.num_class_embeds else None
 
     def denoiser(self, device: torch.device) -> Denoiser:
-        """The network on a device, as x_0_hat(x_t, t, label)."""
+        """x_0_hat(x_t, t, label); moves the network to the device."""
         clip = self.scheduler.clip_sample_range if self.scheduler.clip_sample else None
         return Denoiser(TorchNetwork(self.net, device), self.scheduler.prediction_type, clip, self.null_label)
 
@@ -152,7 +176,7 @@ def to_json(value: object) -> bytes:
 
 
 def save_model(directory: Path, weights: Mapping[str, Tensor], config: UNetConfig, scheduler: SchedulerConfig) -> str:
-    """Writes a model directory that diffusers loads as a DDPMPipeline. Returns the weights' sha256."""
+    """Writes a model directory that diffusers loads; its own pipelines pass no labels. Returns the weights' sha256."""
     tensors = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in weights.items()}
     content = save(tensors, metadata={"format": "pt"})
     index = {
@@ -182,6 +206,7 @@ def load_model(directory: Path) -> Model:
     try:
         config = UNetConfig.from_dict(read_json(config_path))
         _ = config.image_shape
+        net = UNet(config)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{config_path}: {error}") from error
     try:
@@ -193,7 +218,6 @@ def load_model(directory: Path) -> Model:
     weights_path = unet_dir / WEIGHTS_NAME
     if not weights_path.is_file():
         raise CheckpointError(f"{weights_path} is missing: only safetensors weights are read, never pickled ones")
-    net = UNet(config)
     try:
         _check_shapes(weights_path, net)
         net.load_state_dict(load_file(weights_path))

@@ -46,6 +46,8 @@ def _mnist(root: Path, train: bool, download: bool) -> ImageSet:
     try:
         data = MNIST(str(root), train=train, download=download)
     except RuntimeError as error:
+        if download:
+            raise FileNotFoundError(f"MNIST could not be fetched into {root}: {error}") from error
         raise FileNotFoundError(
             f"MNIST is not under {root} (its files belong into {root / 'MNIST' / 'raw'}): "
             "name another folder with --data-root, or fetch it with --download"

@@ -22,13 +22,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ddpm_core import card, checkpoint, classifier, data, evaluation
+from ddpm_core import card, checkpoint, classifier, data, evaluation, sampling
 from ddpm_core.checkpoint import Model
 from ddpm_core.evaluation import Evaluation, Protocol
 from ddpm_core.network import pick_device
 
 MIN_SAMPLES = 100  # below, FID says nothing and the class balance less
-ELSEWHERE = ("data_root", "out", "resume")  # of training.json: where files lay on the machine that trained
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,6 +76,7 @@ def report(model: Model, classifier_sha256: str, args: argparse.Namespace, evalu
     return {
         "model": {
             "name": model.name,
+            "path": args.model.as_posix(),
             "sha256": model.sha256,
             "parameters": parameters,
             "image_shape": list(model.config.image_shape),
@@ -114,10 +114,9 @@ def run(args: argparse.Namespace) -> None:
     train, test = (data.load(args.data, args.data_root, train=t, download=args.download) for t in (True, False))
     training_path = args.model / "training.json"
     training = checkpoint.read_json(training_path) if training_path.is_file() else {}
-    evaluation.check_fit(model, loaded.net, test, protocol)  # before the long part
     start = time.monotonic()
-    with tqdm(total=protocol.samples + protocol.unlabelled, unit="image", mininterval=0.5) as bar:
-        evaluated, images = evaluation.evaluate(
+    with tqdm(total=protocol.samples + protocol.unlabelled, unit="image", mininterval=0.5, delay=0.5) as bar:
+        evaluated = evaluation.evaluate(
             model, loaded.net.to(device), train, test, protocol, device, on_batch=bar.update
         )
     figures = {
@@ -125,10 +124,15 @@ def run(args: argparse.Namespace) -> None:
         "hardware": hardware(device),
         "seconds": round(time.monotonic() - start, 1),
         "command": command_of(args),
-        "training": {k: v for k, v in training.items() if k not in ELSEWHERE},
+        "training": training,
     }
     if args.card:
-        card.write(args.model, figures, images)
+        how: dict[str, Any] = {
+            "sampler": protocol.sampler,
+            "steps": protocol.steps,
+            "guidance_scale": protocol.guidance_scale,
+        }
+        card.write(args.model, figures, *sampling.one_row_a_class(model, device, **how))
     print(f"{model.name}, sha256 {model.sha256}\n\n{card.results_table(figures)}\n")
     print("\n".join(card.notes(figures)))
     if args.card:
@@ -143,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         run(args)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

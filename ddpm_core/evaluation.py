@@ -7,6 +7,7 @@ it; beside every figure of generated images stands the floor, the same figure of
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ddpm_core.classifier import Classifier
 from ddpm_core.sampling import OnBatch, generate
 
 FEATURE_BATCH = 500
+FLOOR_SETS = 5  # one set's FID varies by a third with the choice of its images
 
 
 @torch.inference_mode()
@@ -123,24 +125,29 @@ def class_balance(labels: Tensor, num_classes: int, expected_shares: Tensor | No
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """FID against reference_samples test images, and the share of images whose label the classifier names."""
+    """FID against reference_samples test images, and the share of images whose label the classifier names.
 
-    samples: int
+    Of several disjoint sets of images: the means.
+    """
+
+    samples: int  # a set
+    sets: int
     reference_samples: int
     fid: float
     label_accuracy: float | None  # None: the model takes no labels
 
     def to_dict(self) -> dict[str, Any]:
         """The two figures by name, each with its number of images."""
+        counts = {"samples": self.samples, "sets": self.sets}
         return {
-            "fid": {"value": self.fid, "samples": self.samples, "reference_samples": self.reference_samples},
-            "label_accuracy": {"value": self.label_accuracy, "samples": self.samples},
+            "fid": {"value": self.fid, **counts, "reference_samples": self.reference_samples},
+            "label_accuracy": {"value": self.label_accuracy, **counts},
         }
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A model beside real images: the floor is what as many training images reach."""
+    """A model beside real images: the floor is what sets of as many training images reach."""
 
     generated: Quality
     floor: Quality
@@ -156,8 +163,10 @@ class Evaluation:
 class Protocol:
     """What is drawn and how.
 
-    Image i of the samples has the seed `seed + i` and the label i % classes; after them come a fifth as many with
-    "no label". The floor is `samples` training images, or all of them where there are fewer, a choice fixed by `seed`.
+    Image i of the samples has the seed `seed + i` and the label of a training image, so that the classes have the
+    data's own shares: equal shares would cost a perfect model as much FID as the floor has. After them come a fifth as
+    many with "no label". The floor is the mean over up to FLOOR_SETS disjoint sets of `samples` training images; where
+    there are fewer images, over all of them. Which ones is fixed by `seed`.
     """
 
     samples: int = 10_000
@@ -172,11 +181,23 @@ class Protocol:
         return self.samples // 5
 
 
-def quality(classifier_net: Classifier, images: Tensor, labels: Tensor | None, reference_features: Tensor) -> Quality:
-    """FID and label accuracy of images (N, C, H, W) uint8 with labels (N,) or none."""
-    found, predicted = features(classifier_net, images)
-    accuracy = None if labels is None else float((predicted == labels).double().mean())
-    return Quality(len(images), len(reference_features), frechet_distance(found, reference_features), accuracy)
+def quality(
+    classifier_net: Classifier, sets: Sequence[tuple[Tensor, Tensor | None]], reference_features: Tensor
+) -> Quality:
+    """FID and label accuracy of sets of images (N, C, H, W) uint8 with labels (N,) or none, all of one N."""
+    fids, rights = [], []
+    for images, labels in sets:
+        found, predicted = features(classifier_net, images)
+        fids.append(frechet_distance(found, reference_features))
+        if labels is not None:
+            rights.append(float((predicted == labels).double().mean()))
+    return Quality(
+        samples=len(sets[0][0]),
+        sets=len(sets),
+        reference_samples=len(reference_features),
+        fid=sum(fids) / len(fids),
+        label_accuracy=sum(rights) / len(rights) if rights else None,
+    )
 
 
 def evaluate(
@@ -187,7 +208,7 @@ def evaluate(
     protocol: Protocol,
     device: torch.device,
     on_batch: OnBatch | None = None,
-) -> tuple[Evaluation, Tensor]:
+) -> Evaluation:
     """Draws images and measures them.
 
     Args:
@@ -199,15 +220,14 @@ def evaluate(
         device: where the model runs.
         on_batch: called after every batch of samples + unlabelled images.
 
-    Returns:
-        The figures, and the labelled images (samples, C, H, W) uint8.
-
     Raises:
         ValueError: model, classifier and data set do not fit each other.
     """
     check_fit(model, classifier_net, test, protocol)
     n, classes, labelled = protocol.samples, test.num_classes, model.null_label is not None
-    asked: list[int | None] = [i % classes if labelled else None for i in range(n)]
+    order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(protocol.seed))
+    labels = train.labels[order].repeat(-(-n // len(order)))[:n] if labelled else None
+    asked: list[int | None] = [None] * n if labels is None else labels.tolist()
     how: dict[str, Any] = {
         "sampler": protocol.sampler,
         "steps": protocol.steps,
@@ -219,16 +239,16 @@ def evaluate(
     unlabelled = generate(model, device, more_seeds, [None] * protocol.unlabelled, **how, on_batch=on_batch)
 
     reference_features, _ = features(classifier_net, test.images)
-    order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(protocol.seed))[:n]
+    floor_n = min(n, len(order))
+    floor_sets = order[: len(order) // floor_n * floor_n].reshape(-1, floor_n)[:FLOOR_SETS]
     shares = torch.bincount(train.labels, minlength=classes)
     guided = labelled and protocol.guidance_scale != 1
-    evaluation = Evaluation(
-        generated=quality(classifier_net, images, torch.arange(n) % classes if labelled else None, reference_features),
-        floor=quality(classifier_net, train.images[order], train.labels[order], reference_features),
+    return Evaluation(
+        generated=quality(classifier_net, [(images, labels)], reference_features),
+        floor=quality(classifier_net, [(train.images[i], train.labels[i]) for i in floor_sets], reference_features),
         balance=class_balance(features(classifier_net, unlabelled)[1], classes, shares),
         nfe=len(model.plan(protocol.sampler, protocol.steps)) * (2 if guided else 1),
     )
-    return evaluation, images
 
 
 def check_fit(model: Model, classifier_net: Classifier, images: data.ImageSet, protocol: Protocol) -> None:

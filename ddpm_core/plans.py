@@ -134,7 +134,8 @@ def dpmpp_2m(schedule: NoiseSchedule, t: Float64Array) -> SamplingPlan:
         t: (S,) strictly decreasing timesteps.
     """
     abar, abar_next = _alpha_bars(schedule, t)
-    lam = 0.5 * np.log(abar / (1 - abar))
+    with np.errstate(divide="ignore"):  # alpha_bar = 0 is lambda = -inf, and fits the formula
+        lam = 0.5 * np.log(abar / (1 - abar))
     steps = len(t)
     a, b = np.zeros((steps, 1)), np.zeros((steps, 2))
     for i in range(steps - 1):

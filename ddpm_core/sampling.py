@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,3 +161,13 @@ def generate(
         if on_batch is not None:
             on_batch(len(batch_seeds))
     return torch.cat(images)
+
+
+def one_row_a_class(model: Model, device: torch.device, columns: int = 10, **how: Any) -> tuple[Tensor, int]:
+    """Images for a picture of the model, row by row: (rows * columns, C, H, W) uint8, and the number of columns.
+
+    A row is a class; an unconditional model gets as many rows as columns. `how` goes to generate().
+    """
+    classes = model.config.num_classes
+    labels = [row if classes else None for row in range(classes or columns) for _ in range(columns)]
+    return generate(model, device, range(len(labels)), labels, **how), columns

@@ -1,7 +1,8 @@
 """Training: the loss, the moving average, and train(), a generator that its caller watches and interrupts.
 
-Knows tensors and numbers; files, progress bars and signals are train.py's. Everything random in step k is a function
-of (seed, k), and so is the batch: a state saved after step k and resumed goes on bit for bit as if never interrupted.
+Knows tensors and numbers; files are runs.py's, progress bars and signals train.py's. Everything random in step k is a
+function of (seed, k), and so is the batch: a state saved after step k and resumed goes on bit for bit as if never
+interrupted. (With a time budget the learning rate follows the clock, and no two runs are the same.)
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class Recipe:
             value = getattr(self, field)
             if not low <= value <= high:
                 raise ValueError(f"{field}={value} must be {low} .. {high}")
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"adam_betas={self.adam_betas} must be two numbers in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,10 @@ from torch.nn import functional as F
 
 _DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 _UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+_COUNTS = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
+_OPTIONAL_COUNTS = (
+    "sample_size", "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,7 @@ class UNetConfig:
     num_train_timesteps: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         levels = len(self.block_out_channels)
         self._require("time_embedding_type", ("positional",))
         self._require("mid_block_type", ("UNetMidBlock2D", None))
@@ -80,8 +85,26 @@ class UNetConfig:
                 raise ValueError(
                     f"attention_head_dim={self.attention_head_dim} must divide block_out_channels ({channels})"
                 )
+        if self.attn_norm_num_groups and self.block_out_channels[-1] % self.attn_norm_num_groups:
+            raise ValueError(
+                f"attn_norm_num_groups={self.attn_norm_num_groups} must divide the last of block_out_channels "
+                f"({self.block_out_channels[-1]})"
+            )
         if self.resnet_time_scale_shift != "default" and self.add_attention and self.attn_norm_num_groups is None:
             raise ValueError("resnet_time_scale_shift='scale_shift' needs attn_norm_num_groups, or add_attention=false")
+
+    def _check_numbers(self) -> None:
+        for field in (*_COUNTS, *_OPTIONAL_COUNTS):
+            value = getattr(self, field)
+            if value is None and field in _OPTIONAL_COUNTS:
+                continue
+            values = value if isinstance(value, tuple) else (value,)
+            if not values or not all(type(v) is int and v >= 1 for v in values):
+                raise ValueError(f"{field}={value!r} must hold whole numbers from 1 up")
+        for field, low, high in (("dropout", 0, 1), ("mid_block_scale_factor", 1e-9, 1e9), ("norm_eps", 0, 1)):
+            value = getattr(self, field)
+            if type(value) not in (int, float) or not low <= value <= high:
+                raise ValueError(f"{field}={value!r} must be a number of {low} .. {high}")
 
     def _require(self, field: str, allowed: Sequence[object]) -> None:
         value = getattr(self, field)
@@ -136,6 +159,11 @@ def sinusoidal_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shi
     return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
 
 
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
 class TimestepEmbedding(nn.Module):
     """Two linear layers over the sinusoidal embedding."""
 
@@ -156,10 +184,6 @@ class ResnetBlock2D(nn.Module):
         super().__init__()
         self.scale = scale
         self.scale_shift = c.resnet_time_scale_shift == "scale_shift"
-        if channels_in % c.norm_num_groups:
-            raise ValueError(
-                f"norm_num_groups={c.norm_num_groups} must divide every channel count; a skip has {channels_in}"
-            )
         self.norm1 = nn.GroupNorm(c.norm_num_groups, channels_in, eps=c.norm_eps)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(c.temb_channels, channels * (2 if self.scale_shift else 1))
@@ -167,7 +191,7 @@ class ResnetBlock2D(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # every block starts as its shortcut
+        _zero(self.conv2)  # every block starts as its shortcut
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -194,7 +218,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         out = nn.Linear(channels, channels)
-        nn.init.zeros_(out.weight)
+        _zero(out)
         self.to_out = nn.ModuleList([out])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -316,7 +340,7 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], eps=c.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
+        _zero(self.conv_out)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """One network call.

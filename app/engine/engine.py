@@ -76,7 +76,7 @@ class Engine:
     def drain(self) -> None:
         """Refuses new requests from now on; accepted ones are served."""
         with self._lock:
-            if self.status == "ok":
+            if self.status in ("starting", "ok"):
                 self.status = "draining"
 
     def stop(self, timeout_s: float) -> bool:
@@ -114,6 +114,9 @@ class Engine:
             except Exception as error:
                 log.exception("request %s failed", params.request_id)
                 outcome = EngineError(f"the reverse chain failed: {type(error).__name__}")
+            except BaseException:
+                future.set_exception(EngineNotReady("failed"))
+                raise
         with self._lock:
             del self._in_flight[params.request_id]
         if isinstance(outcome, Result):
@@ -123,9 +126,13 @@ class Engine:
 
     def _fail(self, error: BaseException) -> None:
         """The thread is ending: nobody may wait for it."""
+        if not isinstance(error, (ValueError, OSError)):  # these say themselves what is wrong with model or device
+            log.critical("the worker thread has died", exc_info=error)
         with self._lock:
             self.status, self.failure = "failed", error
+            self._in_flight.clear()
         while not self._inbox.empty():
-            if (item := self._inbox.get()) is not None:
+            item = self._inbox.get()
+            if item is not None and item[1].set_running_or_notify_cancel():
                 item[1].set_exception(EngineNotReady("failed"))
         self.on_failure(error)

@@ -12,7 +12,10 @@ from app.engine.request import ModelInfo
 from app.schemas import ProblemBody
 from ddpm_core.noise import MAX_SEED
 
-PROBLEM = {"model": ProblemBody, "content": {"application/problem+json": {}}}
+JSON, PNG = "application/json", "image/png"
+FORMATS = {"png": PNG, "b64_json": JSON}  # response_format -> media type
+
+PROBLEM = {"content": {"application/problem+json": {"schema": ProblemBody.model_json_schema()}}}
 
 RETRY_S = {"starting": 5, "draining": 30, "failed": 60}
 

@@ -14,14 +14,11 @@ from app.engine import request as engine_request
 from app.engine.engine import Engine
 from app.engine.request import GenerateParams, ModelInfo, Result
 from app.http import negotiate, read_json
-from app.routes.common import PROBLEM, b64, loaded_model, random_seed, unavailable
+from app.routes.common import FORMATS, JSON, PNG, PROBLEM, b64, loaded_model, random_seed, unavailable
 from app.schemas import GeneratedImage, GenerateRequest, GenerateResponse, parse
 from ddpm_core import __version__, plans
 
 router = APIRouter(tags=["images"])
-
-JSON, PNG = "application/json", "image/png"
-FORMATS = {"png": PNG, "b64_json": JSON}
 
 
 def to_params(body: GenerateRequest, info: ModelInfo, request_id: str) -> GenerateParams:
@@ -64,11 +61,12 @@ def encode(result: Result, params: GenerateParams, info: ModelInfo, scale: int, 
         "version": __version__, "model": info.name, "sha256": info.sha256, "sampler": params.sampler,
         "steps": params.steps, "eta": params.eta, "guidance_scale": params.guidance_scale,
     }  # fmt: skip
+    unguided = {**shared, "guidance_scale": 1.0}  # as an image without a label is, whatever its neighbours are
     if as_grid and params.slots > 1:
         sheet = images.grid(list(result.images), columns=math.ceil(math.sqrt(params.slots)))
         return [images.encode_png(sheet, {**shared, "seeds": params.seeds, "labels": params.labels}, scale=scale)]
     return [
-        images.encode_png(image, {**shared, "seed": seed, "label": label}, scale=scale)
+        images.encode_png(image, {**(unguided if label is None else shared), "seed": seed, "label": label}, scale=scale)
         for image, seed, label in zip(result.images, params.seeds, params.labels, strict=True)
     ]
 

@@ -31,14 +31,20 @@ async def health(request: Request, response: Response) -> Health:
     return _health(engine)
 
 
-@router.get("/livez", responses={503: {"description": "the worker thread has died: restart the process"}})
+@router.get(
+    "/livez",
+    response_class=Response,
+    responses={503: {"description": "the worker thread has died: restart the process"}},
+)
 @router.get("/v2/health/live", include_in_schema=False)
 async def live(request: Request) -> Response:
     """Whether the process is worth keeping."""
     return Response(status_code=503 if request.app.state.engine.status == "failed" else 200)
 
 
-@router.get("/readyz", responses={503: {"description": "starting, draining or failed: send no work"}})
+@router.get(
+    "/readyz", response_class=Response, responses={503: {"description": "starting, draining or failed: send no work"}}
+)
 @router.get("/v2/health/ready", include_in_schema=False)
 async def ready(request: Request) -> Response:
     """Whether new work is welcome."""

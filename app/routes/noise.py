@@ -15,15 +15,14 @@ from starlette.datastructures import FormData, UploadFile
 from app import errors, forward, images
 from app.engine.request import ModelInfo
 from app.http import negotiate, read_form
-from app.routes.common import PROBLEM, b64, loaded_model, random_seed
+from app.routes.common import FORMATS, JSON, PNG, PROBLEM, b64, loaded_model, random_seed
 from app.schemas import NoisedImage, NoiseResponse
 from ddpm_core import __version__
 from ddpm_core.noise import MAX_SEED
 
 router = APIRouter(tags=["images"])
 
-JSON, NPZ, PNG = "application/json", "application/x-npz", "image/png"
-FORMATS = {"png": PNG, "b64_json": JSON}
+NPZ = "application/x-npz"
 MAX_T = 32
 
 
@@ -72,7 +71,7 @@ def _fields(form: FormData) -> tuple[UploadFile, NoiseFields]:
             }
             for e in error.errors(include_url=False, include_context=False)
         ]
-        raise errors.Invalid("; ".join(f"{e['field']}: {e['detail']}" for e in found), errors=found) from None
+        raise errors.Invalid.fields(found) from None
 
 
 def _timesteps(text: str, info: ModelInfo) -> list[int]:
@@ -111,7 +110,8 @@ async def noise(request: Request) -> Response:
 
     def work() -> bytes:
         fit = info.image_shape if fields.fit == "model" else None
-        pixels = images.decode(content, max_pixels=settings.max_image_pixels // len(t), fit=fit)
+        copies = len(t) if fit is None else 1  # one of the image's own size for each t
+        pixels = images.decode(content, max_pixels=settings.max_image_pixels // copies, fit=fit)
         noised = forward.noise_image(pixels, alpha_bars, seed)
         if media_type == NPZ:
             buffer = io.BytesIO()
@@ -137,7 +137,8 @@ async def noise(request: Request) -> Response:
     try:
         body = await run_in_threadpool(work)
     except images.BadImage as error:
-        raise errors.Invalid.field("image", str(error)) from None
+        hint = f", ask for fewer than {len(t)} t, or fit=model" if fields.fit == "none" and len(t) > 1 else ""
+        raise errors.Invalid.field("image", f"{error}{hint}") from None
     headers = {
         "X-Alpha-Bar": ", ".join(repr(float(abar)) for abar in alpha_bars),
         "X-Seed": str(seed),

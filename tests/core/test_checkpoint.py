@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddpm_core import checkpoint
+from ddpm_core import checkpoint, sampling
 from ddpm_core.checkpoint import WEIGHTS_NAME, CheckpointError, SchedulerConfig, load_model, write_atomically
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -126,8 +126,18 @@ def test_notes_and_fields_without_effect_are_accepted(model_dir: Path) -> None:
 
 
 def test_trained_betas_are_the_schedule(model_dir: Path) -> None:
-    edit(model_dir / SCHEDULER_JSON, trained_betas=[0.1, 0.2, 0.3])
+    edit(model_dir / SCHEDULER_JSON, trained_betas=[0.1, 0.2, 0.3], num_train_timesteps=3)
     assert load_model(model_dir).schedule.betas.tolist() == [0.1, 0.2, 0.3]
+
+
+def test_a_schedule_that_ends_without_signal_is_refused_for_epsilon_alone(model_dir: Path) -> None:
+    """alpha_bar_T = 0: v and x_0 predictions give x_0 there, eps does not."""
+    edit(model_dir / SCHEDULER_JSON, trained_betas=[*[0.01] * 99, 1.0])
+    model = load_model(model_dir)
+    images = sampling.generate(model, torch.device("cpu"), [0], [0], sampler="fast")
+    assert images.shape == (1, 1, 8, 8)
+    edit(model_dir / SCHEDULER_JSON, prediction_type="epsilon")
+    assert "trained_betas ends in 1" in refusal(model_dir)
 
 
 # Refusals: the message names the file and what is wrong in it
@@ -149,7 +159,19 @@ def test_trained_betas_are_the_schedule(model_dir: Path) -> None:
         ("resnet_time_scale_shift", "scale_shift"),
         ("norm_num_groups", 3),
         ("attention_head_dim", 5),
+        ("attn_norm_num_groups", 3),
         ("sample_size", None),
+        ("sample_size", "8"),
+        ("sample_size", -8),
+        ("in_channels", 0),
+        ("layers_per_block", 1.5),
+        ("norm_num_groups", None),
+        ("norm_num_groups", 0),
+        ("block_out_channels", []),
+        ("num_class_embeds", True),
+        ("dropout", 1.5),
+        ("mid_block_scale_factor", 0),
+        ("norm_eps", "x"),
     ],
 )
 def test_a_unet_field_that_is_not_honoured_is_refused_by_name(model_dir: Path, field: str, value: object) -> None:
@@ -171,7 +193,17 @@ def test_a_unet_field_that_is_not_honoured_is_refused_by_name(model_dir: Path, f
         ("prediction_type", "flow_prediction"),
         ("timestep_spacing", "karras"),
         ("beta_schedule", "sigmoid"),
-        ("trained_betas", [0.1, 2.0]),
+        ("trained_betas", [*[0.01] * 99, 2.0]),
+        ("trained_betas", [0.1, 0.2]),
+        ("_class_name", "IPNDMScheduler"),
+        ("num_train_timesteps", 0),
+        ("num_train_timesteps", 99.5),
+        ("beta_end", 1.5),
+        ("clip_sample", "no"),
+        ("clip_sample_range", -1),
+        ("clip_sample_range", "big"),
+        ("steps_offset", -5),
+        ("steps_offset", "1"),
     ],
 )
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])

@@ -15,7 +15,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ddpm_core import plans, schedules
+from ddpm_core import diffusion, plans, schedules
 from ddpm_core.denoiser import Denoiser
 from ddpm_core.plans import SamplingPlan, Spacing, Variance
 from ddpm_core.sampling import draw_noise, sample
@@ -164,6 +164,21 @@ def test_ddim_with_eta_1_is_ddpm_coefficient_for_coefficient(schedule: NoiseSche
     ddim, ddpm = plans.ddim(schedule, t, eta=1.0), plans.ddpm(schedule, t)
     for table in ("timesteps", "alpha_bars", "a", "b", "d"):
         assert getattr(ddim, table) == pytest.approx(getattr(ddpm, table), abs=1e-12, rel=0), table
+
+
+@pytest.mark.parametrize("t", [np.arange(1000.0)[::-1], subset(37)], ids=["full", "37"])
+def test_ddpms_coefficients_are_those_of_the_posterior(t: Float64Array) -> None:
+    """diffusion.posterior is linear: x_0 = 1, x_t = 0 gives b, x_0 = 0, x_t = 1 gives a; d is its deviation."""
+    plan = plans.ddpm(LINEAR, t)
+    abar = torch.from_numpy(plan.alpha_bars.copy())
+    after = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])
+    one = torch.ones(len(t), 1, 1, 1, dtype=torch.float64)
+    zero = torch.zeros_like(one)
+    b, variance = diffusion.posterior(one, zero, abar, after)
+    a, _ = diffusion.posterior(zero, one, abar, after)
+    assert plan.a[:, 0] == pytest.approx(a.flatten().numpy(), abs=1e-12)
+    assert plan.b[:, 0] == pytest.approx(b.flatten().numpy(), abs=1e-12)
+    assert plan.d**2 == pytest.approx(variance.flatten().numpy(), abs=1e-12)
 
 
 def test_fixed_large_differs_from_fixed_small_in_its_noise_alone() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import ddpm_core
-from ddpm_core import checkpoint, train
+from ddpm_core import checkpoint, runs, train
 from ddpm_core.checkpoint import WEIGHTS_NAME, load_model
 from ddpm_core.unet import UNet
 
@@ -70,7 +70,7 @@ def test_a_run_writes_a_model_pictures_metrics_and_its_recipe(finished: Path) ->
 
 def test_run_json_reads_back_to_the_same_run(finished: Path) -> None:
     text = (finished / "run.json").read_bytes()
-    run = train.Run.from_dict(json.loads(text))
+    run = runs.Run.from_dict(json.loads(text))
     assert checkpoint.to_json(run.to_dict()) == text
 
 
@@ -90,8 +90,12 @@ def test_a_run_is_not_overwritten(finished: Path, capsys: pytest.CaptureFixture[
     assert (finished / "state.safetensors").read_bytes() == before
 
 
-def test_a_run_interrupted_in_mid_epoch_and_resumed_ends_in_the_same_bytes(finished: Path, tmp_path: Path) -> None:
-    """SIGINT to the real process after its first checkpoint: it saves, says how to resume, and exits 130."""
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_a_run_stopped_in_mid_epoch_and_resumed_ends_in_the_same_bytes(
+    finished: Path, tmp_path: Path, by: signal.Signals
+) -> None:
+    """The real process, after its first checkpoint. Interrupted it saves, says how to resume and exits 130; killed it
+    leaves its last checkpoint."""
     out = tmp_path / "halved"
     root = Path(ddpm_core.__file__).parent.parent
     process = subprocess.Popen(
@@ -105,20 +109,66 @@ def test_a_run_interrupted_in_mid_epoch_and_resumed_ends_in_the_same_bytes(finis
     try:
         while not (out / "samples.png").exists() and process.poll() is None:
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(by)
         stdout, stderr = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130, stderr
-    assert f"resume with: python -m ddpm_core.train --out {out} --resume" in stdout
-    stopped_at = step_of(out)
-    assert 1 <= stopped_at < 60
-    stopped_with = (out / WEIGHTS).read_bytes()
+    if by == signal.SIGINT:
+        assert process.returncode == 130, stderr
+        assert f"resume with: python -m ddpm_core.train --out {out} --resume" in stdout
+    else:
+        assert process.returncode == -signal.SIGKILL, stderr
+    assert 1 <= step_of(out) < 60
 
-    assert train.main(["--out", str(out), "--resume", "--device", "cpu", "--no-compile", "--no-bf16"]) == 0
+    assert train.main(["--out", str(out), "--resume", "--device", "cpu"]) == 0
     assert step_of(out) == 60
-    assert (out / WEIGHTS).read_bytes() != stopped_with
     assert (out / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+
+
+def test_a_resumed_run_keeps_its_recipe(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "run.json").read_bytes()
+    assert train.main(["--out", str(finished), "--resume", "--lr", "0.1", "--channels", "8"]) == 2
+    assert "--channels, --lr cannot change" in capsys.readouterr().err
+    assert (finished / "run.json").read_bytes() == before
+
+
+def test_a_resumed_run_finds_its_data_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert train.main(arguments(out, "--steps", "1", "--data-root", "here")) == 0
+    assert train.main(["--out", str(out), "--resume", "--steps", "2", "--data-root", "there", "--device", "cpu"]) == 0
+    run = json.loads((out / "run.json").read_text())
+    assert (run["data_root"], run["bf16"], run["compile"]) == ("there", False, False)
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "run.json", "metrics.jsonl"])
+def test_a_damaged_run_is_named(tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert train.main(arguments(out, "--steps", "1")) == 0
+    (out / file).write_bytes(b'{"data": "digits"}')
+    capsys.readouterr()
+    assert train.main(["--out", str(out), "--resume", "--device", "cpu"]) == 2
+    assert str(out) in capsys.readouterr().err
+
+
+def test_a_crash_in_the_first_checkpoint_leaves_a_run_that_starts_or_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever write fails: with a state it resumes, without one it starts anew."""
+    write = checkpoint.write_atomically
+    for failing in ("metrics.jsonl", "state.safetensors", WEIGHTS_NAME, "config.json"):
+        out = tmp_path / failing
+
+        def fail(path: Path, content: bytes, failing: str = failing) -> None:
+            if path.name == failing:
+                raise OSError("No space left on device")
+            write(path, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "write_atomically", fail)
+            assert train.main(arguments(out, "--steps", "1")) == 2
+        assert "No space left" in capsys.readouterr().err
+        again = ["--resume"] if (out / "state.safetensors").exists() else arguments(out, "--steps", "1")
+        assert train.main([*again, "--out", str(out), "--device", "cpu"]) == 0
 
 
 def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
@@ -151,6 +201,11 @@ def test_missing_mnist_names_what_to_do(tmp_path: Path, capsys: pytest.CaptureFi
         (["--steps", "5", "--lr", "2"], "lr=2.0 must be"),
         (["--steps", "5", "--channels", "12"], "norm_num_groups=8 must divide"),
         (["--steps", "5", "--channels", "8", "8", "8", "8", "8"], "must be a multiple of 16"),
+        (["--steps", "5", "--channels", "0"], "block_out_channels=(0,)"),
+        (["--steps", "5", "--layers", "0"], "layers_per_block=0"),
+        (["--steps", "5", "--dropout", "1.5"], "dropout=1.5"),
+        (["--steps", "5", "--adam-betas", "2", "0.9"], "adam_betas"),
+        (["--steps", "5", "--device", "meta"], "device 'meta' cannot be used"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_before_anything_is_written(

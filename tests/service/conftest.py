@@ -78,6 +78,21 @@ def make_service(model_dir: Path) -> Iterator[Callable[..., Service]]:
         running.stop()
 
 
+def assert_problem(response: httpx.Response, status: int, field: str | None = None) -> dict[str, Any]:
+    """The answer is a whole problem of this status, and errors[] names the field."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem: dict[str, Any] = response.json()
+    assert problem["status"] == status
+    assert problem["type"].startswith("urn:ddpm:problem:")
+    assert problem["title"]
+    assert problem["detail"]
+    assert problem["instance"] == f"/requests/{response.headers['x-request-id']}"
+    if field is not None:
+        assert field in [error["field"].split(".")[0] for error in problem["errors"]]
+    return problem
+
+
 def pixels(png: bytes) -> np.ndarray:
     """A PNG as an array."""
     return np.asarray(Image.open(io.BytesIO(png)))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
+import threading
 from collections.abc import Callable
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
 from app.engine.engine import Engine
 from app.engine.request import GenerateParams
+from app.engine.runner import Runner
 from ddpm_core.checkpoint import load_model
 from ddpm_core.data import to_uint8
 from ddpm_core.noise import MAX_SEED
 from ddpm_core.sampling import draw_noise, sample
-from tests.service.conftest import Service, pixels
+from tests.service.conftest import Service, assert_problem, pixels
 
 
 def test_an_empty_body_draws_one_png(service: Service) -> None:
@@ -95,6 +99,17 @@ def test_the_text_chunk_says_what_determines_the_pixels(service: Service) -> Non
     }  # fmt: skip
 
 
+def test_an_image_without_a_label_is_described_without_guidance(service: Service) -> None:
+    """It has none, whatever its neighbours have, and can be had again alone with what its chunk says."""
+    body = {"n": 2, "seed": 4, "label": [1, None], "steps": 2, "guidance_scale": 2.5}
+    images = service.generate(body, accept="application/json").json()["images"]
+    facts = [json.loads(Image.open(io.BytesIO(base64.b64decode(i["b64_json"]))).info["ddpm"]) for i in images]
+    assert [f["guidance_scale"] for f in facts] == [2.5, 1.0]
+    for fact in facts:
+        again = {k: fact[k] for k in ("sampler", "steps", "eta", "guidance_scale", "label", "seed")}
+        assert service.generate(again).status_code == 200
+
+
 def test_headers_say_who_drew_what_and_how_long_it_took(service: Service) -> None:
     response = service.request("POST", "/generate", json={"steps": 1}, headers={"x-request-id": "a.b-c_1"})
     assert response.headers["x-request-id"] == "a.b-c_1"
@@ -110,6 +125,9 @@ def test_headers_say_who_drew_what_and_how_long_it_took(service: Service) -> Non
     [
         ("*/*", None, "image/png"),
         ("image/*", None, "image/png"),
+        ("Image/PNG", None, "image/png"),
+        ("", None, "image/png"),
+        ("application/json, garbage", None, "application/json"),
         ("text/html,*/*;q=0.8", None, "image/png"),
         ("application/json", None, "application/json"),
         ("image/png;q=0.4, application/json;q=0.5", None, "application/json"),
@@ -127,9 +145,14 @@ def test_accept_and_response_format_choose_the_media_type(
 
 @pytest.mark.parametrize("accept", ["text/html", "image/png;q=0", "garbage", "image/webp"])
 def test_another_accept_is_406(service: Service, accept: str) -> None:
-    response = service.generate({"steps": 1}, accept=accept)
-    assert response.status_code == 406
-    assert "image/png" in response.json()["detail"]
+    problem = assert_problem(service.generate({"steps": 1}, accept=accept), 406)
+    assert "image/png" in problem["detail"]
+
+
+def test_two_accept_headers_are_read_as_one(service: Service) -> None:
+    headers = [("accept", "text/html"), ("accept", "application/json")]
+    response = service.request("POST", "/generate", json={"steps": 1}, headers=headers)
+    assert response.headers["content-type"] == "application/json"
 
 
 @pytest.mark.parametrize(
@@ -165,13 +188,15 @@ def test_another_accept_is_406(service: Service, accept: str) -> None:
     ],
 )
 def test_a_bad_field_is_422_and_named(service: Service, body: dict[str, object], field: str) -> None:
-    response = service.generate(body)
-    assert response.status_code == 422
-    assert response.headers["content-type"] == "application/problem+json"
-    problem = response.json()
-    assert problem["status"] == 422
-    assert any(error["field"].split(".")[0] == field for error in problem["errors"])
-    assert problem["instance"] == f"/requests/{response.headers['x-request-id']}"
+    assert_problem(service.generate(body), 422, field)
+
+
+def test_a_wrong_label_is_named_once_and_in_its_place(service: Service) -> None:
+    assert [e["field"] for e in service.generate({"label": -1}).json()["errors"]] == ["label"]
+    assert [e["field"] for e in service.generate({"n": 2, "label": [1, -1]}).json()["errors"]] == ["label.1"]
+    many = service.generate({"n": 64, "label": ["x"] * 1000})
+    assert many.status_code == 422
+    assert len(many.content) < 5000
 
 
 @pytest.mark.parametrize(
@@ -179,14 +204,12 @@ def test_a_bad_field_is_422_and_named(service: Service, body: dict[str, object],
 )
 def test_broken_json_is_422(service: Service, content: bytes) -> None:
     response = service.request("POST", "/generate", content=content, headers={"content-type": "application/json"})
-    assert response.status_code == 422
-    assert response.json()["errors"]
+    assert assert_problem(response, 422)["errors"]
 
 
 def test_a_form_is_415_and_shows_the_right_curl(service: Service) -> None:
-    response = service.request("POST", "/generate", data={"label": "7"})
-    assert response.status_code == 415
-    assert "curl -H 'Content-Type: application/json'" in response.json()["detail"]
+    problem = assert_problem(service.request("POST", "/generate", data={"label": "7"}), 415)
+    assert "curl -H 'Content-Type: application/json'" in problem["detail"]
 
 
 def test_a_huge_body_is_413_even_without_content_length(service: Service) -> None:
@@ -195,14 +218,14 @@ def test_a_huge_body_is_413_even_without_content_length(service: Service) -> Non
             yield b" " * 1024
 
     headers = {"content-type": "application/json"}
-    assert service.request("POST", "/generate", content=b" " * 20_000, headers=headers).status_code == 413
-    assert service.request("POST", "/generate", content=stream(), headers=headers).status_code == 413
+    assert_problem(service.request("POST", "/generate", content=b" " * 20_000, headers=headers), 413)
+    assert_problem(service.request("POST", "/generate", content=stream(), headers=headers), 413)
 
 
 def test_a_bad_request_id_is_422(service: Service) -> None:
     for bad in ("", "a b", "x" * 65, "é".encode("latin-1")):
         response = service.request("POST", "/generate", json={}, headers={"x-request-id": bad})
-        assert response.status_code == 422, bad
+        assert_problem(response, 422)
 
 
 def test_what_was_refused_cost_nothing(service: Service) -> None:
@@ -226,17 +249,62 @@ def test_what_was_refused_cost_nothing(service: Service) -> None:
         engine.submit = submit  # type: ignore[method-assign]
 
 
-def test_more_images_than_the_queue_takes_is_429(make_service: Callable[..., Service]) -> None:
-    service = make_service(queue_slots=3)
-    response = service.generate({"n": 4, "steps": 1})
-    assert response.status_code == 429
-    assert int(response.headers["retry-after"]) >= 1
-    assert service.generate({"n": 3, "steps": 1}).status_code == 200
+def test_a_full_queue_is_429_and_an_id_in_flight_409(
+    make_service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While three of four slots are held: two images more are too many, one is served, and so is all afterwards."""
+    gate, generate = threading.Event(), Runner.generate
+
+    def hold(self: Runner, params: GenerateParams):  # type: ignore[no-untyped-def]
+        gate.wait(60)
+        return generate(self, params)
+
+    service = make_service(queue_slots=4, max_images=4)
+    monkeypatch.setattr(Runner, "generate", hold)
+
+    def ask(n: int, request_id: str):  # type: ignore[no-untyped-def]
+        return service.client.post("/generate", json={"n": n, "steps": 1}, headers={"x-request-id": request_id})
+
+    async def all_at_once() -> list[httpx.Response]:
+        first = asyncio.ensure_future(ask(3, "first"))
+        while not service.app.state.engine.slots():
+            await asyncio.sleep(0.01)
+        refused = [await ask(2, "second"), await ask(1, "first")]
+        last = asyncio.ensure_future(ask(1, "third"))
+        while service.app.state.engine.slots() < 4:
+            await asyncio.sleep(0.01)
+        gate.set()
+        return [*refused, await first, await last]
+
+    full, twice, first, third = service.run(all_at_once())
+    assert_problem(full, 429)
+    assert int(full.headers["retry-after"]) >= 1
+    assert_problem(twice, 409)
+    assert (first.status_code, third.status_code) == (200, 200)
+    assert service.app.state.engine.slots() == 0
 
 
 def test_an_unknown_path_and_method_are_problems(service: Service) -> None:
-    assert service.request("GET", "/nowhere").json()["status"] == 404
+    assert_problem(service.request("GET", "/nowhere"), 404)
     response = service.request("GET", "/generate")
-    assert response.status_code == 405
-    assert response.headers["content-type"] == "application/problem+json"
+    assert_problem(response, 405)
     assert response.headers["allow"] == "POST"
+
+
+def test_a_bug_is_a_problem_that_the_log_has_by_its_id(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(params: GenerateParams) -> None:
+        raise KeyError("secret")
+
+    monkeypatch.setattr(service.app.state.engine, "submit", fail)
+    response = service.generate({"steps": 1}, **{"x-request-id": "my-id"})
+    assert_problem(response, 500)
+    assert response.headers["x-request-id"] == "my-id"
+    assert "secret" not in response.text
+    assert any("my-id" in record.getMessage() for record in caplog.records)
+
+
+def test_the_limit_of_n_stands_in_the_api_description(service: Service) -> None:
+    body = service.request("GET", "/openapi.json").json()["paths"]["/generate"]["post"]["requestBody"]
+    assert body["content"]["application/json"]["schema"]["properties"]["n"]["maximum"] == 64

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ddpm_core.checkpoint import load_model
-from tests.service.conftest import Service, encode, pixels
+from tests.service.conftest import Service, assert_problem, encode, pixels
 
 GREY = encode(Image.new("L", (64, 64), 200))
 
@@ -58,40 +58,49 @@ def test_fit_model_makes_it_the_models_shape(service: Service) -> None:
     assert pixels(service.noise(image, t=0).content).shape == (80, 50, 3)
 
 
-def _pictures() -> dict[str, bytes]:
-    colour = Image.new("RGB", (9, 7), (250, 120, 10))
+ORANGE = (250, 120, 10)
+
+
+def _pictures() -> dict[str, tuple[bytes, object]]:
+    """Files of a 9 x 7 orange picture with one blue corner, at the top left, and what they must become."""
+    colour = Image.new("RGB", (9, 7), ORANGE)
+    colour.paste((0, 0, 255), (0, 0, 4, 3))
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
+    exif[0x0112] = 6  # shown rotated by 90 degrees, clockwise
+    clear = colour.copy()
+    clear.putalpha(0)
+    black = Image.new("RGB", (9, 7))
+    grey, palette = colour.convert("L"), colour.convert("P", palette=Image.Palette.ADAPTIVE)
+    sharp: dict[str, object] = {"quality": 100, "subsampling": 0}
     return {
-        "png": encode(colour),
-        "jpeg": encode(colour, "JPEG"),
-        "webp": encode(colour, "WEBP"),
-        "gif": encode(colour, "GIF"),
-        "bmp": encode(colour, "BMP"),
-        "cmyk": encode(colour.convert("CMYK"), "JPEG"),
-        "palette": encode(colour.convert("P")),
-        "palette with transparency": encode(colour.convert("P"), transparency=0),
-        "alpha": encode(colour.convert("RGBA")),
-        "grey with alpha": encode(colour.convert("LA")),
-        "one bit": encode(colour.convert("1")),
-        "16 bit": encode(Image.fromarray(np.full((7, 9), 40000, np.uint16))),
-        "rotated": encode(colour, "JPEG", exif=exif),
-        "animated": encode(colour, "GIF", save_all=True, append_images=[Image.new("RGB", (9, 7))]),
-        "1x1": encode(Image.new("L", (1, 1))),
+        "png": (encode(colour), colour),
+        "jpeg": (encode(colour, "JPEG", **sharp), colour),
+        "webp": (encode(colour, "WEBP", lossless=True), colour),
+        "gif": (encode(colour, "GIF"), colour),
+        "bmp": (encode(colour, "BMP"), colour),
+        "cmyk": (encode(colour.convert("CMYK"), "JPEG", **sharp), colour),
+        "palette": (encode(palette), colour),
+        "palette with transparency": (encode(palette, transparency=0), colour),
+        "alpha": (encode(clear), colour),
+        "grey with alpha": (encode(colour.convert("LA")), grey),
+        "one bit": (encode(grey.point(lambda v: 255 * (v > 99)).convert("1")), grey.point(lambda v: 255 * (v > 99))),
+        "16 bit": (encode(Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)), grey),
+        "rotated": (encode(colour, "JPEG", exif=exif, **sharp), colour.rotate(-90, expand=True)),
+        "animated": (encode(colour, "GIF", save_all=True, append_images=[black]), colour),
+        "1x1": (encode(Image.new("L", (1, 1), 77)), Image.new("L", (1, 1), 77)),
     }
 
 
 @pytest.mark.parametrize("name", _pictures())
 def test_every_usual_kind_of_image_is_read(service: Service, name: str) -> None:
-    response = service.noise(_pictures()[name], t=0, seed=0)
+    """At t = 0 hardly any noise is left: the pixels are those of the picture."""
+    content, expected = _pictures()[name]
+    response = service.noise(content, t=0, seed=0)
     assert response.status_code == 200, response.text
-    size = {"rotated": (9, 7), "1x1": (1, 1)}.get(name, (7, 9))
-    assert pixels(response.content).shape[:2] == size
-
-
-def test_16_bit_is_scaled_not_clipped(service: Service) -> None:
-    image = pixels(service.noise(_pictures()["16 bit"], t=0, seed=0).content)
-    assert abs(float(image.mean()) - 40000 / 257) < 3
+    found, wanted = pixels(response.content).astype(float), np.asarray(expected, float)
+    assert found.shape == wanted.shape
+    assert np.abs(found - wanted).max() < 32  # four deviations of the noise, and what JPEG loses
+    assert np.abs(found - wanted).mean() < 8
 
 
 def _bomb() -> bytes:
@@ -121,9 +130,15 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_no_usable_image_is_422(service: Service, name: str) -> None:
-    response = service.noise(BAD[name], t=0)
-    assert response.status_code == 422
-    assert response.json()["errors"][0]["field"] == "image"
+    problem = assert_problem(service.noise(BAD[name], t=0), 422, "image")
+    assert ("pixels" in problem["detail"]) == (name in ("bomb", "over the limit"))  # refused for its size, undecoded
+
+
+def test_several_t_share_the_limit_of_pixels_unless_the_image_is_made_small(service: Service) -> None:
+    photo = encode(Image.new("L", (2000, 2000)))
+    problem = assert_problem(service.noise(photo, t="1,2,3,4,5"), 422, "image")
+    assert "fewer than 5 t" in problem["detail"]
+    assert service.noise(photo, t="1,2,3,4,5", fit="model").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -143,27 +158,32 @@ def test_what_is_no_usable_image_is_422(service: Service, name: str) -> None:
     ],
 )
 def test_a_bad_field_is_422_and_named(service: Service, fields: dict[str, object], field: str) -> None:
-    response = service.noise(GREY, **fields)
-    assert response.status_code == 422
-    assert response.json()["errors"][0]["field"] == field
+    assert_problem(service.noise(GREY, **fields), 422, field)
 
 
 def test_a_body_that_is_no_form_is_415(service: Service) -> None:
-    assert service.request("POST", "/noise", json={"t": 1}).status_code == 415
-    assert service.request("POST", "/noise").status_code == 415
-    broken = {"content-type": "multipart/form-data"}
-    assert service.request("POST", "/noise", content=b"x", headers=broken).status_code == 422
+    assert_problem(service.request("POST", "/noise", json={"t": 1}), 415)
+    assert_problem(service.request("POST", "/noise"), 415)
+
+
+@pytest.mark.parametrize(
+    "more", ["", "; boundary=abc", "; boundary=abc; charset=undefined", "; boundary=a; charset=no"]
+)
+def test_a_form_that_cannot_be_read_is_422(service: Service, more: str) -> None:
+    headers = {"content-type": f"multipart/form-data{more}"}
+    content = b'--abc\r\nContent-Disposition: form-data; name="t"\r\n\r\n1'
+    assert_problem(service.request("POST", "/noise", content=content, headers=headers), 422)
 
 
 def test_a_missing_or_doubled_image_is_422(service: Service) -> None:
-    assert service.request("POST", "/noise", files={"picture": GREY}, data={"t": "1"}).status_code == 422
+    assert_problem(service.request("POST", "/noise", files={"picture": GREY}, data={"t": "1"}), 422, "image")
     twice = [("image", ("a", GREY)), ("image", ("b", GREY))]
-    assert service.request("POST", "/noise", files=twice, data={"t": "1"}).status_code == 422
+    assert_problem(service.request("POST", "/noise", files=twice, data={"t": "1"}), 422, "image")
 
 
 def test_a_large_upload_is_413(service: Service) -> None:
-    assert service.noise(b"\0" * (11 * 2**20), t=0).status_code == 413
+    assert_problem(service.noise(b"\0" * (11 * 2**20), t=0), 413)
 
 
 def test_another_accept_is_406(service: Service) -> None:
-    assert service.noise(GREY, {"accept": "text/html"}, t=0).status_code == 406
+    assert_problem(service.noise(GREY, {"accept": "text/html"}, t=0), 406)

@@ -1,0 +1,113 @@
+"""A training run on the disk: what is trained and how (Run), and the folder that holds it (RunDirectory).
+
+<out>/run.json             what is trained, on what, how
+<out>/state.safetensors    everything that changes, for --resume
+<out>/metrics.jsonl        one line every few steps
+<out>/samples.png loss.png pictures, renewed at every checkpoint
+<out>/model/               the averaged weights as a model directory: DDPM_MODEL=<out>/model python -m app
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+
+from ddpm_core import checkpoint, pictures, sampling
+from ddpm_core.checkpoint import CheckpointError, Model, SchedulerConfig
+from ddpm_core.training import Recipe, StepStats, Trainer
+from ddpm_core.unet import UNet, UNetConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What run.json holds: enough to build the same training again."""
+
+    data: str
+    data_root: str
+    unet: UNetConfig
+    scheduler: SchedulerConfig
+    recipe: Recipe
+    bf16: bool  # autocast
+    compile: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> Run:
+        """The inverse of to_dict. Raises ValueError where a field is missing, unknown or out of range."""
+        try:
+            recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in d["recipe"].items()}
+            parts: dict[str, Any] = {
+                "unet": UNetConfig.from_dict(d["unet"]),
+                "scheduler": SchedulerConfig.from_dict(d["scheduler"]),
+                "recipe": Recipe(**recipe),
+            }
+            return cls(**{**d, **parts})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"a field is missing or wrong: {error}") from error
+
+
+class RunDirectory:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state, self.config, self.metrics = path / "state.safetensors", path / "run.json", path / "metrics.jsonl"
+
+    def save(self, trainer: Trainer, run: Run, log: list[StepStats]) -> None:
+        """Writes a whole checkpoint. Once the state is there, a crash costs pictures only."""
+        lines = "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in log)
+        checkpoint.write_atomically(self.metrics, lines.encode())
+        progress = {"step": trainer.step, "elapsed_s": trainer.elapsed_s}
+        tensors = {k: v.detach().contiguous() for k, v in trainer.state_tensors().items()}
+        checkpoint.write_atomically(self.state, save(tensors, metadata={"progress": json.dumps(progress)}))
+        weights = trainer.ema.weights
+        sha256 = checkpoint.save_model(self.path / "model", weights, run.unet, run.scheduler)
+        facts = {
+            "data": run.data,
+            "recipe": dataclasses.asdict(run.recipe),
+            "steps_done": trainer.step,
+            "images_seen": trainer.step * run.recipe.batch_size,
+            "training_s": round(trainer.elapsed_s),
+            "device": trainer.device.type,
+            "precision": "bfloat16 autocast" if trainer.bf16 else "float32",
+            "torch": torch.__version__,
+        }
+        checkpoint.write_atomically(self.path / "model" / "training.json", checkpoint.to_json(facts))
+        net = UNet(run.unet)
+        net.load_state_dict(weights)
+        model = Model("model", sha256, net, run.scheduler, run.scheduler.schedule())
+        pictures.save_samples(self.path / "samples.png", *sampling.one_row_a_class(model, trainer.device))
+        if len(log) > 1:
+            pictures.save_loss_curve(self.path / "loss.png", [s.step for s in log], [s.loss for s in log])
+
+    def read(self) -> Run:
+        """The run that is here.
+
+        Raises:
+            FileNotFoundError: there is none. CheckpointError: its run.json cannot be used.
+        """
+        if not self.state.is_file():
+            raise FileNotFoundError(f"{self.path} holds no run to resume: leave --resume out to start one")
+        try:
+            return Run.from_dict(checkpoint.read_json(self.config))
+        except ValueError as error:
+            raise CheckpointError(f"{self.config}: {error}") from error
+
+    def load(self, trainer: Trainer) -> list[StepStats]:
+        """Puts the saved state into trainer and returns the log up to it. Raises CheckpointError on damaged files."""
+        try:
+            with safe_open(self.state, framework="pt") as file:
+                progress = json.loads(file.metadata()["progress"])
+            trainer.load_state_tensors(load_file(self.state), **progress)
+            log = [StepStats(**json.loads(line)) for line in self.metrics.read_text().splitlines()]
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"the run in {self.path} is damaged: {error}") from error
+        return [s for s in log if s.step <= trainer.step]
