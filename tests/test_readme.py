@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from app.settings import Settings
-from ddpm_core import evaluate, train
+from ddpm_core import card, evaluate, train
 from tests.service.test_server import server, wait_until_ready
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,14 @@ def test_every_python_block_runs(tmp_path: Path) -> None:
     for block in blocks("python"):
         subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, timeout=300)
     assert (tmp_path / "seven.png").exists()
+
+
+def test_the_results_are_the_cards() -> None:
+    figures = json.loads((ROOT / "weights" / "mnist" / "card.json").read_text())
+    assert card.results_table(figures) in README
+    assert f"{figures['metrics']['fid_over_floor']['value']:.1f} times what real images reach" in " ".join(
+        README.split()
+    )
 
 
 def test_every_setting_is_in_the_table_with_its_default() -> None:

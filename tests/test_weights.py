@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
+from torch.utils.flop_counter import FlopCounterMode
 
 from app.settings import Settings
 from ddpm_core import data
@@ -87,3 +88,10 @@ def test_diffusers_loads_the_shipped_directory_and_agrees() -> None:
     assert difference <= 1e-9
     scheduler = DDPMScheduler.from_pretrained(WEIGHTS / "scheduler")
     assert np.allclose(scheduler.alphas_cumprod, ours.schedule.alphas_cumprod, atol=1e-6)
+
+
+def test_one_call_of_the_shipped_network_stays_under_600_mflop() -> None:
+    model = load_model(WEIGHTS)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model.net(torch.zeros(1, *model.config.image_shape), torch.tensor([5]), torch.tensor([3]))
+    assert 0.1e9 < counter.get_total_flops() <= 0.6e9
