@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]  # (C, H, W), C = 1 or 3
 
+Image.preinit()  # the plugins, which the first client would wait for
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # here: catch_warnings is not thread-safe
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")

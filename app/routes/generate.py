@@ -31,7 +31,7 @@ def to_params(body: GenerateRequest, info: ModelInfo, request_id: str) -> Genera
     try:
         sampler, steps = plans.resolve(body.sampler, body.steps, info.num_train_steps)
     except ValueError as error:
-        raise errors.Invalid.field("steps", str(error)) from None
+        raise errors.Invalid.field("steps", str(error).removeprefix("steps=")) from None
     seed = random_seed(body.n) if body.seed is None else body.seed
     return GenerateParams(
         request_id, tuple(range(seed, seed + body.n)), labels, sampler, steps, body.eta, body.guidance_scale
