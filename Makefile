@@ -12,7 +12,7 @@ serve: .venv/service
 	DDPM_PORT=$(PORT) $(BIN)/python -m app
 
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations=10
 
 check: .venv/test
 	$(BIN)/ruff format --check .

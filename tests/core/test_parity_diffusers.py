@@ -27,21 +27,10 @@ from ddpm_core.noise import noise
 from ddpm_core.plans import SamplingPlan, Spacing, Variance
 from ddpm_core.sampling import draw_noise, sample
 from ddpm_core.unet import UNet, UNetConfig
+from tests.networks import DIGITS
 
 # The U-Net
 
-DIGITS = UNetConfig(
-    sample_size=28,
-    in_channels=1,
-    out_channels=1,
-    block_out_channels=(8, 16),
-    layers_per_block=1,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    norm_num_groups=8,
-    attention_head_dim=None,
-    num_class_embeds=11,
-)
 CIFAR10 = UNetConfig(  # google/ddpm-cifar10-32
     sample_size=32,
     freq_shift=1,

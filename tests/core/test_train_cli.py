@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -101,7 +100,6 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_ends_in_the_same_bytes(
     process = subprocess.Popen(
         [sys.executable, "-m", "ddpm_core.train", *arguments(out, "--steps", "60", "--save-every", "0.001s")],
         cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

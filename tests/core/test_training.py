@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ddpm_core import data, diffusion, schedules, training
 from ddpm_core.diffusion import Prediction
 from ddpm_core.training import Ema, Recipe, Trainer, TrainingDiverged
-from ddpm_core.unet import UNet, UNetConfig
+from ddpm_core.unet import UNet
+from tests.networks import DIGITS
 
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 SCHEDULE = schedules.cosine(100)
@@ -79,21 +80,7 @@ def trainer_of(
 
 def tiny_unet(seed: int, dropout: float = 0.0) -> UNet:
     torch.manual_seed(seed)
-    return UNet(
-        UNetConfig(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            norm_num_groups=8,
-            attention_head_dim=None,
-            num_class_embeds=11,
-            dropout=dropout,
-        )
-    )
+    return UNet(dataclasses.replace(DIGITS, sample_size=8, dropout=dropout))
 
 
 # Batches and timesteps
