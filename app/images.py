@@ -23,6 +23,10 @@ class BadImage(ValueError):
     """The uploaded bytes are no image that we read; the message tells a person why."""
 
 
+class TooManyPixels(BadImage):
+    """The image is whole, as far as its header tells, and too large."""
+
+
 def to_pil(pixels: Pixels) -> Image.Image:
     """(C, H, W) -> a picture."""
     return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
@@ -63,12 +67,12 @@ def decode(content: bytes, *, max_pixels: int, fit: tuple[int, int, int] | None)
         fit: the (C, H, W) to convert and resize to; None keeps the image's own size and colours.
 
     Raises:
-        BadImage: no image of a supported format, damaged, or too large.
+        BadImage: no image of a supported format, or damaged. TooManyPixels: too large.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as file:
             if file.width * file.height > max_pixels:
-                raise BadImage(
+                raise TooManyPixels(
                     f"{file.width} x {file.height} pixels are over the limit of {max_pixels:,}: send a smaller image"
                 )
             file.seek(0)
@@ -77,7 +81,7 @@ def decode(content: bytes, *, max_pixels: int, fit: tuple[int, int, int] | None)
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage(f"too many pixels; the limit is {max_pixels:,}: send a smaller image") from error
+        raise TooManyPixels(f"too many pixels; the limit is {max_pixels:,}: send a smaller image") from error
     except UnidentifiedImageError as error:
         raise BadImage(f"not an image of a supported format ({', '.join(FORMATS)})") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files

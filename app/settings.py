@@ -23,7 +23,10 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(10 * 2**20, ge=1024, description="Size of an uploaded form.")
     max_json_bytes: int = Field(16 * 2**10, ge=256, description="Size of a JSON body.")
     max_image_pixels: int = Field(
-        16_000_000, ge=1, le=Image.MAX_IMAGE_PIXELS, description="Pixels of an uploaded image, times the number of t."
+        16_000_000,
+        ge=1,
+        le=Image.MAX_IMAGE_PIXELS,
+        description="Pixels of an uploaded image, times the number of t if it keeps its size.",
     )
     drain_s: float = Field(60.0, ge=0, le=86_400, description="Seconds that accepted work has to finish after SIGTERM.")
 

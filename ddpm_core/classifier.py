@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
             data.load(args.data, args.data_root, train=part, download=args.download) for part in (True, False)
         )
     except (FileNotFoundError, ValueError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     net = fit(train, epochs=args.epochs, seed=args.seed)
     content = save({k: v.contiguous() for k, v in net.state_dict().items()})

@@ -127,12 +127,7 @@ def run(args: argparse.Namespace) -> None:
         "training": training,
     }
     if args.card:
-        how: dict[str, Any] = {
-            "sampler": protocol.sampler,
-            "steps": protocol.steps,
-            "guidance_scale": protocol.guidance_scale,
-        }
-        card.write(args.model, figures, *sampling.one_row_a_class(model, device, **how))
+        card.write(args.model, figures, *sampling.one_row_a_class(model, device, **protocol.how))
     print(f"{model.name}, sha256 {model.sha256}\n\n{card.results_table(figures)}\n")
     print("\n".join(card.notes(figures)))
     if args.card:

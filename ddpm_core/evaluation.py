@@ -176,6 +176,11 @@ class Protocol:
     seed: int = 0
 
     @property
+    def how(self) -> dict[str, Any]:
+        """What sampling.generate needs to know besides seeds and labels."""
+        return {"sampler": self.sampler, "steps": self.steps, "guidance_scale": self.guidance_scale}
+
+    @property
     def unlabelled(self) -> int:
         """How many images are drawn without a label."""
         return self.samples // 5
@@ -228,15 +233,10 @@ def evaluate(
     order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(protocol.seed))
     labels = train.labels[order].repeat(-(-n // len(order)))[:n] if labelled else None
     asked: list[int | None] = [None] * n if labels is None else labels.tolist()
-    how: dict[str, Any] = {
-        "sampler": protocol.sampler,
-        "steps": protocol.steps,
-        "guidance_scale": protocol.guidance_scale,
-    }
     seeds = range(protocol.seed, protocol.seed + n)
-    images = generate(model, device, seeds, asked, **how, on_batch=on_batch)
+    images = generate(model, device, seeds, asked, **protocol.how, on_batch=on_batch)
     more_seeds = range(seeds.stop, seeds.stop + protocol.unlabelled)
-    unlabelled = generate(model, device, more_seeds, [None] * protocol.unlabelled, **how, on_batch=on_batch)
+    unlabelled = generate(model, device, more_seeds, [None] * protocol.unlabelled, **protocol.how, on_batch=on_batch)
 
     reference_features, _ = features(classifier_net, test.images)
     floor_n = min(n, len(order))

@@ -71,6 +71,9 @@ class UNetConfig:
         self._require("resnet_time_scale_shift", ("default", "scale_shift"))
         self._require("class_embed_type", (None,))
         self._require("downsample_padding", (0, 1))
+        self._require("freq_shift", (0, 1))
+        for field in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
+            self._require(field, (False, True))
         for field, allowed in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
             types = getattr(self, field)
             if len(types) != levels:

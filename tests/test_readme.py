@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from app.settings import Settings
 from ddpm_core import card, evaluate, train
@@ -23,24 +25,34 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def test_every_curl_block_works_against_the_real_service(tmp_path: Path) -> None:
-    """In their order and one folder: later ones use what earlier ones wrote."""
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which every curl block ran, in their order: later ones use what earlier ones wrote."""
+    folder = tmp_path_factory.mktemp("readme")
     assert len(blocks("bash")) >= 4
     with server(model=ROOT / "weights" / "mnist") as (_, url):
         wait_until_ready(url)
         for block in blocks("bash"):
             script = block.replace("http://127.0.0.1:8000", url).replace("curl ", "curl --fail-with-body -sS ")
-            subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, check=True, timeout=300)
+            subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, check=True, timeout=300)
+    return folder
+
+
+def test_every_curl_block_works_against_the_real_service(drawn: Path) -> None:
     for name in ("seven.png", "any.png", "grid.png", "strip.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert (drawn / name).read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((drawn / "images.json").read_text())["images"]) == 3
+    with np.load(drawn / "x_t.npz") as arrays:
+        assert arrays["x_t"].shape == (1, 1, 28, 28)
 
 
-def test_every_python_block_runs(tmp_path: Path) -> None:
+def test_every_python_block_runs_and_draws_the_same_pixels(drawn: Path, tmp_path: Path) -> None:
     (tmp_path / "weights").symlink_to(ROOT / "weights")
     assert blocks("python")
     for block in blocks("python"):
         subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, timeout=300)
-    assert (tmp_path / "seven.png").exists()
+    ours, served = (np.asarray(Image.open(folder / "seven.png")) for folder in (tmp_path, drawn))
+    assert np.array_equal(ours, served)
 
 
 def test_the_results_are_the_cards() -> None:

@@ -137,7 +137,8 @@ async def noise(request: Request) -> Response:
     try:
         body = await run_in_threadpool(work)
     except images.BadImage as error:
-        hint = f", ask for fewer than {len(t)} t, or fit=model" if fields.fit == "none" and len(t) > 1 else ""
+        shared = isinstance(error, images.TooManyPixels) and fields.fit == "none" and len(t) > 1
+        hint = f", ask for fewer than {len(t)} t, or fit=model" if shared else ""
         raise errors.Invalid.field("image", f"{error}{hint}") from None
     headers = {
         "X-Alpha-Bar": ", ".join(repr(float(abar)) for abar in alpha_bars),

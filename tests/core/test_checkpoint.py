@@ -172,6 +172,10 @@ def test_a_schedule_that_ends_without_signal_is_refused_for_epsilon_alone(model_
         ("dropout", 1.5),
         ("mid_block_scale_factor", 0),
         ("norm_eps", "x"),
+        ("freq_shift", 4),
+        ("flip_sin_to_cos", "yes"),
+        ("add_attention", None),
+        ("center_input_sample", 2),
     ],
 )
 def test_a_unet_field_that_is_not_honoured_is_refused_by_name(model_dir: Path, field: str, value: object) -> None:

@@ -139,6 +139,8 @@ def test_several_t_share_the_limit_of_pixels_unless_the_image_is_made_small(serv
     problem = assert_problem(service.noise(photo, t="1,2,3,4,5"), 422, "image")
     assert "fewer than 5 t" in problem["detail"]
     assert service.noise(photo, t="1,2,3,4,5", fit="model").status_code == 200
+    for other in (service.noise(b"no image", t="1,2,3,4,5"), service.noise(BAD["over the limit"], t=1)):
+        assert "fewer" not in assert_problem(other, 422, "image")["detail"]
 
 
 @pytest.mark.parametrize(
