@@ -3,14 +3,48 @@
 from __future__ import annotations
 
 import math
-import signal
 import sys
+import time
+from types import FrameType
 
 import uvicorn
 from pydantic import ValidationError
 
+from app import logs
+from app.engine.engine import Engine
 from app.main import create_app
 from app.settings import Settings
+
+SECOND_SIGNAL_S = 1.0  # signals closer than this are one: shells and supervisors send some twice
+LAST_WORDS_S = 2  # for answers on their way when the drain time is up
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but its listener stays open while accepted work is finished: probes and new clients get an answer."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_s: float) -> None:
+        super().__init__(config)
+        self.engine, self.drain_s = engine, drain_s
+        self.signalled_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, a second one ends at once. Runs between two bytecodes: it only takes notes."""
+        now = time.monotonic()
+        if self.signalled_at is None:
+            self.signalled_at = now
+        elif now - self.signalled_at > SECOND_SIGNAL_S:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: ends the service once nothing accepted is left, or the drain time is up."""
+        if self.signalled_at is not None and not self.should_exit:
+            self.engine.drain()
+            left_s = self.signalled_at + self.drain_s - time.monotonic()
+            if self.engine.idle or left_s <= 0:
+                self.config.timeout_graceful_shutdown = max(LAST_WORDS_S, math.ceil(left_s))
+                self.engine.stop(0)
+                self.should_exit = True
+        return await super().on_tick(counter)
 
 
 def main() -> int:
@@ -22,22 +56,18 @@ def main() -> int:
             print(f"error: {name}{e['msg']}", file=sys.stderr)
         return 2
     app = create_app(settings)
-    config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, timeout_graceful_shutdown=math.ceil(settings.drain_s)
-    )
-    server = uvicorn.Server(config)
+    engine: Engine = app.state.engine
+    config = uvicorn.Config(app, host=settings.host, port=settings.port, log_config=logs.CONFIG)
+    server = Server(config, engine, settings.drain_s)
 
     def on_failure(error: BaseException) -> None:
-        if app.state.engine.info is None:  # it never became ready: nothing to serve
+        if engine.info is None:  # it never became ready: nothing to serve
             server.should_exit = True
 
-    app.state.engine.on_failure = on_failure
-    for signum in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has ended: the exit code is ours
-        signal.signal(signum, lambda signum, frame: None)
+    engine.on_failure = on_failure
     server.run()
-    failure = app.state.engine.failure
-    if failure is not None:
-        print(f"error: {failure}", file=sys.stderr)
+    if engine.failure is not None:
+        print(f"error: {engine.failure}", file=sys.stderr)
         return 1
     return 0
 

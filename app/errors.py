@@ -8,12 +8,17 @@ Problem              status   when
   QueueFull          429      more images asked for than the queue takes now; Retry-After
   Unavailable        503      starting, draining or failed; Retry-After
   InFlight           409      this X-Request-Id is being served
+  NotFound           404      no such model, request or path
+  Cancelled          410      the request was ended by DELETE /requests/{id}
+  DeadlineTooSoon    429      deadline_ms cannot be met now; Retry-After
+  DeadlinePassed     504      deadline_ms has passed before the images were done
 """
 
 from __future__ import annotations
 
 import http
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -70,26 +75,59 @@ class InFlight(Problem):
     status, slug = 409, "request-id-in-flight"
 
 
+class NotFound(Problem):
+    status, slug = 404, "not-found"
+
+
+class Cancelled(Problem):
+    status, slug = 410, "cancelled"
+
+
 class QueueFull(Problem):
     status, slug = 429, "queue-full"
+
+
+class DeadlineTooSoon(Problem):
+    status, slug = 429, "deadline-too-soon"
+
+
+class DeadlinePassed(Problem):
+    status, slug = 504, "deadline-passed"
 
 
 class Unavailable(Problem):
     status, slug = 503, "unavailable"
 
 
-def to_response(request: Request, status: int, slug: str, detail: str, **more: Any) -> JSONResponse:
-    request_id = request.scope.get("state", {}).get("request_id", "")
-    headers = {"X-Request-Id": request_id, **(more.pop("headers", None) or {})}
-    body = {
+def body(request_id: str, status: int, slug: str, detail: str, errors: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """A problem as JSON."""
+    return {
         "type": f"urn:ddpm:problem:{slug}",
         "title": http.HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
         "instance": f"/requests/{request_id}",
-        **{k: v for k, v in more.items() if v is not None},
+        **({} if errors is None else {"errors": errors}),
     }
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+def to_response(
+    request: Request,
+    status: int,
+    slug: str,
+    detail: str,
+    *,
+    errors: list[dict[str, Any]] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """A problem as an answer."""
+    request_id = request.scope.get("state", {}).get("request_id", "")
+    return JSONResponse(
+        body(request_id, status, slug, detail, errors),
+        status,
+        {"X-Request-Id": request_id, **(headers or {})},
+        media_type="application/problem+json",
+    )
 
 
 async def _on_problem(request: Request, error: Exception) -> JSONResponse:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from typing import TypeVar
 
 import mimeparse
 from fastapi import Request
 from starlette.datastructures import FormData, Headers, MutableHeaders
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import errors
+from app.logs import request_id_of_log
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -32,6 +36,7 @@ class RequestId:
         valid = given is not None and REQUEST_ID.fullmatch(given) is not None
         request_id = given if given is not None and valid else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        request_id_of_log.set(request_id)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -45,6 +50,31 @@ class RequestId:
             await response(scope, receive, send_with_id)
         else:
             await self.app(scope, receive, send_with_id)
+
+
+T = TypeVar("T")
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """Awaits work as long as the client waits for it; its body must have been read.
+
+    Raises:
+        ClientDisconnect: the client left first; the work is cancelled.
+    """
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, leaving = asyncio.ensure_future(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        leaving.cancel()
+        task.cancel()
 
 
 def negotiate(request: Request, offered: Sequence[str]) -> str:

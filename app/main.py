@@ -12,7 +12,7 @@ from app import errors
 from app.engine.engine import Engine
 from app.engine.runner import Runner
 from app.http import RequestId
-from app.routes import generate, health, noise
+from app.routes import denoise, generate, health, image_urls, metrics, noise, requests
 from app.settings import Settings
 from ddpm_core import __version__
 
@@ -20,7 +20,10 @@ from ddpm_core import __version__
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The service as an ASGI application; its lifespan starts the engine and drains it at the end."""
     settings = settings or Settings()
-    engine = Engine(lambda: Runner(settings.model, settings.device), queue_slots=settings.queue_slots)
+    engine = Engine(
+        lambda: Runner.load(settings.model, settings.device),
+        queue_slots=settings.queue_slots, exact=settings.exact, batch_rows=settings.batch_rows,
+    )  # fmt: skip
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -34,10 +37,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description="Draws images with a denoising diffusion probabilistic model, and noises yours.",
         lifespan=lifespan,
     )
-    app.state.settings, app.state.engine = settings, engine
+    app.state.settings, app.state.engine, app.state.sharing = settings, engine, image_urls.Sharing()
     app.add_middleware(RequestId)
     errors.install(app)
-    for module in (generate, noise, health):
+    for module in (generate, denoise, image_urls, noise, requests, health, metrics):
         app.include_router(module.router)
     schema = app.openapi()["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     schema["properties"]["n"]["maximum"] = settings.max_images

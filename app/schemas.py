@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from app.errors import Invalid
 from ddpm_core.noise import MAX_SEED
@@ -44,6 +45,18 @@ class GenerateRequest(_Body):
     response_format: Annotated[
         Literal["png", "b64_json"] | None, Field(description="Decides between PNG and JSON against Accept.")
     ] = None
+    deadline_ms: Annotated[
+        int | None,
+        Field(
+            ge=1, le=86_400_000, description="429 at once if it cannot be met, 504 if it passes; absent: no deadline."
+        ),
+    ] = None
+    previews: Annotated[
+        int | None,
+        Field(
+            ge=1, description="With Accept: text/event-stream, every how many steps x_0_hat is shown; absent: never."
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> GenerateRequest:
@@ -59,6 +72,30 @@ class GenerateRequest(_Body):
         return self
 
 
+class DenoiseRequest(GenerateRequest):
+    """The text fields of POST /denoise: those of /generate, and where the chain starts."""
+
+    t: Annotated[int, Field(ge=0, description="0 .. T-1: the image is noised to t, and the chain starts there.")]
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _label_of_text(cls, value: Any) -> Any:
+        """A form knows text only: "7", or "4,null,2"."""
+        if not isinstance(value, str):
+            return value
+        labels = [None if part.strip() == "null" else part.strip() for part in value.split(",")]
+        return labels if len(labels) > 1 else labels[0]
+
+
+class NoiseRequest(_Body):
+    """The text fields of POST /noise."""
+
+    t: Annotated[str, Field(pattern=r"^\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*$", description="0 .. T-1, or several: 0,250,999")]
+    seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
+    fit: Literal["none", "model"] = "none"
+    response_format: Literal["png", "b64_json"] | None = None
+
+
 class GeneratedImage(_Body):
     b64_json: str = Field(description="The PNG, base64.")
     seed: int
@@ -71,6 +108,21 @@ class GenerateResponse(_Body):
     sampler: str
     steps: int
     images: list[GeneratedImage]
+
+
+class Preview(_Body):
+    index: int
+    b64_json: str = Field(description="The PNG of x_0_hat, base64.")
+
+
+class ProgressEvent(_Body):
+    """The data of a `progress` event."""
+
+    step: int = Field(description="0 .. steps; of several images the mean, rounded down.")
+    steps: int
+    queue_position: int = Field(description="Requests that go before this one; 0 once it has begun.")
+    eta_s: float
+    previews: list[Preview]
 
 
 class NoisedImage(_Body):
@@ -88,8 +140,13 @@ class NoiseResponse(_Body):
 
 
 class EngineHealth(_Body):
-    slots: int = Field(description="Images waiting or running.")
+    slots_running: int = Field(description="Images that have begun.")
+    slots_waiting: int = Field(description="Images that have not begun.")
     slots_limit: int
+    batch_rows_limit: int | None = Field(description="Network rows of a full step; a guided image has two.")
+    runtime: str | None = Field(description="What runs the network: torch or onnxruntime.")
+    exact: bool | None = Field(description="Whether an image's bytes are its own, by the check at start-up.")
+    exactness: str | None = Field(description="The same in words.")
 
 
 class Health(_Body):
@@ -124,6 +181,15 @@ def parse(body: bytes, schema: type[Body]) -> Body:
         raise Invalid.fields(errors) from None
 
 
+def parse_fields(fields: Mapping[str, object], schema: type[Body]) -> Body:
+    """Text fields of a form or a URL -> checked values. Raises Invalid with one entry for each wrong field."""
+    try:
+        return schema.model_validate(fields, strict=False)
+    except ValidationError as error:
+        errors = [_describe(e, schema) for e in error.errors(include_url=False, include_context=False)]
+        raise Invalid.fields(errors) from None
+
+
 def _describe(error: Any, schema: type[BaseModel]) -> dict[str, str]:
     """One pydantic error as {field, detail}; a union's branches are left out of the field's name."""
     path = [
@@ -134,6 +200,8 @@ def _describe(error: Any, schema: type[BaseModel]) -> dict[str, str]:
     message: str = error["msg"]
     if error["type"] == "extra_forbidden":
         message = f"unknown field; known: {', '.join(schema.model_fields)}"
+    elif error["type"] == "string_pattern_mismatch":
+        message = "must be one timestep or several, comma-separated: 0,250,999"
     elif error["type"] == "json_invalid":
         path, message = ["body"], message.replace("Invalid JSON", "not valid JSON")
     elif error["type"] == "value_error":

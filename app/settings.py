@@ -20,6 +20,15 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
     max_images: int = Field(64, ge=1, le=4096, description="Images one request may ask for.")
     queue_slots: int = Field(1024, ge=1, description="Images that may wait or run before requests get 429.")
+    batch_rows: int | None = Field(
+        None,
+        ge=1,
+        le=65_536,
+        description="Network rows of one step; unset: as many as the measured step time recommends.",
+    )
+    exact: bool = Field(
+        True, description="Make an image's bytes independent of what shares its batches; false spares what that costs."
+    )
     max_body_bytes: int = Field(10 * 2**20, ge=1024, description="Size of an uploaded form.")
     max_json_bytes: int = Field(16 * 2**10, ge=256, description="Size of a JSON body.")
     max_image_pixels: int = Field(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -26,12 +27,15 @@ from torch import Tensor
 from ddpm_core import plans, schedules
 from ddpm_core.denoiser import Denoiser
 from ddpm_core.diffusion import Prediction
-from ddpm_core.network import TorchNetwork
+from ddpm_core.network import GraphError, Network, OnnxNetwork, TorchNetwork, export_graph
 from ddpm_core.plans import SamplingPlan, Spacing, Variance
 from ddpm_core.schedules import NoiseSchedule
 from ddpm_core.unet import UNet, UNetConfig
 
+log = logging.getLogger(__name__)
+
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+GRAPH_NAME = "model.onnx"  # beside the weights: the network for ONNX Runtime
 UNUSED_BY_US = {  # fields of diffusers' schedulers that change nothing for the processes we run
     "dynamic_thresholding_ratio",  # only with thresholding
     "sample_max_value",  # only with thresholding
@@ -133,6 +137,7 @@ class Model:
     net: UNet
     scheduler: SchedulerConfig
     schedule: NoiseSchedule
+    graph: Path | None = None  # where the network's graph lies, or would; None: the model is not on disk
 
     @property
     def config(self) -> UNetConfig:
@@ -143,17 +148,56 @@ class Model:
         """The label index that means "no label"; None where the network takes no labels."""
         return self.config.num_classes if self.config.num_class_embeds else None
 
-    def denoiser(self, device: torch.device) -> Denoiser:
-        """x_0_hat(x_t, t, label); moves the network to the device."""
-        clip = self.scheduler.clip_sample_range if self.scheduler.clip_sample else None
-        return Denoiser(TorchNetwork(self.net, device), self.scheduler.prediction_type, clip, self.null_label)
+    def network(self, device: torch.device, *, export: bool = False) -> Network:
+        """The raw network on a device: ONNX Runtime on a CPU where the graph beside the weights fits, else torch.
 
-    def plan(self, sampler: str, steps: int | None = None, *, eta: float = 0.0) -> SamplingPlan:
+        Args:
+            device: where; torch's network is moved there.
+            export: make the graph, and keep it beside the weights, where there is none that fits.
+        """
+        if device.type != "cpu" or self.graph is None:
+            return TorchNetwork(self.net, device)
+        try:
+            return OnnxNetwork(self.graph.read_bytes(), self.net, self.sha256)
+        except OSError:
+            lack = "is not there"
+        except GraphError as error:
+            lack = str(error)
+        if not export:
+            log.warning(
+                "%s %s: torch runs the network, half as fast; a start of the service makes it", self.graph, lack
+            )
+            return TorchNetwork(self.net, device)
+        log.warning("%s %s: making it, which takes some seconds", self.graph, lack)
+        try:
+            content = export_graph(self.net, self.sha256)
+            network = OnnxNetwork(content, self.net, self.sha256)
+        except (torch.onnx.OnnxExporterError, GraphError) as error:
+            log.warning("no graph can be made, torch runs the network, half as fast: %s", str(error).splitlines()[0])
+            return TorchNetwork(self.net, device)
+        try:
+            write_atomically(self.graph, content)
+        except OSError as error:
+            log.warning("%s cannot be kept, every start makes it again: %s", self.graph, error.strerror)
+        return network
+
+    def denoiser(self, device: torch.device) -> Denoiser:
+        """x_0_hat(x_t, t, label)."""
+        return self.denoise_with(self.network(device))
+
+    def denoise_with(self, network: Network) -> Denoiser:
+        """x_0_hat(x_t, t, label) from calls of `network`, as this model's configs have it."""
+        clip = self.scheduler.clip_sample_range if self.scheduler.clip_sample else None
+        return Denoiser(network, self.scheduler.prediction_type, clip, self.null_label)
+
+    def plan(
+        self, sampler: str, steps: int | None = None, *, eta: float = 0.0, start: int | None = None
+    ) -> SamplingPlan:
         """A sampler's plan on this model's schedule, with the spacing and variance its config asks for."""
         s = self.scheduler
         return plans.build(
             self.schedule, sampler, steps,
-            eta=eta, variance=s.variance_type, spacing=s.timestep_spacing, offset=s.steps_offset,
+            eta=eta, start=start, variance=s.variance_type, spacing=s.timestep_spacing, offset=s.steps_offset,
         )  # fmt: skip
 
 
@@ -224,7 +268,9 @@ def load_model(directory: Path) -> Model:
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{weights_path}: {error}") from error
     net.eval().requires_grad_(False)
-    return Model(directory.resolve().name, sha256_of(weights_path), net, scheduler, schedule)
+    return Model(
+        directory.resolve().name, sha256_of(weights_path), net, scheduler, schedule, unet_dir / GRAPH_NAME
+    )  # fmt: skip
 
 
 def _check_shapes(path: Path, net: UNet) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ddpm_core.diffusion import Prediction, to_x_0
-
-Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""One call of the raw network: x_t (B, C, H, W), t (B,), label (B,) long or None -> (B, C, H, W)."""
+from ddpm_core.network import Network
 
 
 @dataclasses.dataclass(frozen=True)

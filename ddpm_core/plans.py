@@ -165,11 +165,16 @@ PRESETS: dict[str, tuple[str, int | None]] = {
 """Names for people: a sampler and its steps."""
 
 
-def resolve(sampler: str, steps: int | None, num_train_steps: int) -> tuple[str, int]:
-    """The sampler behind a sampler's or preset's name, and its steps: those asked for, else its own, else T.
+def resolve(sampler: str, steps: int | None, most: int) -> tuple[str, int]:
+    """The sampler behind a sampler's or preset's name, and its steps: those asked for, else its own.
+
+    Args:
+        sampler: a key of DEFAULT_STEPS or PRESETS.
+        steps: 1 .. most; None: the sampler's own, as far as there are so many.
+        most: how many steps the chain has: T, or t + 1 where it starts at t.
 
     Raises:
-        ValueError: no such sampler, or steps is not 1 .. T.
+        ValueError: no such sampler, or steps is out of range.
     """
     if sampler in PRESETS:
         sampler, own_steps = PRESETS[sampler]
@@ -179,9 +184,9 @@ def resolve(sampler: str, steps: int | None, num_train_steps: int) -> tuple[str,
         known = ", ".join([*DEFAULT_STEPS, *PRESETS])
         raise ValueError(f"sampler={sampler!r} is not known; known: {known}")
     if steps is None:
-        steps = own_steps or num_train_steps
-    if not 1 <= steps <= num_train_steps:
-        raise ValueError(f"steps={steps} must be 1 .. {num_train_steps}")
+        steps = min(own_steps or most, most)
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps={steps} must be 1 .. {most}")
     return sampler, steps
 
 
@@ -191,6 +196,7 @@ def build(
     steps: int | None = None,
     *,
     eta: float = 0.0,
+    start: int | None = None,
     variance: Variance = "fixed_small",
     spacing: Spacing = "trailing",
     offset: int = 0,
@@ -200,8 +206,10 @@ def build(
     Args:
         schedule: the noise schedule.
         sampler: a key of DEFAULT_STEPS or PRESETS.
-        steps: 1 .. T; None: the sampler's own.
+        steps: 1 .. T, or 1 .. start + 1; None: the sampler's own.
         eta: ddim only.
+        start: the timestep that the chain starts at, as an image noised to it does; None: from pure noise.
+            Its timesteps are trailing ones, whatever the spacing: others would not begin there.
         variance: ddpm only.
         spacing, offset: of the timesteps; all T of them need neither.
 
@@ -209,6 +217,10 @@ def build(
         ValueError: no such sampler, or a number outside its range.
     """
     total = schedule.num_train_steps
+    if start is not None:
+        if not 0 <= start < total:
+            raise ValueError(f"start={start} must be 0 .. {total - 1}")
+        total, spacing = start + 1, "trailing"
     sampler, count = resolve(sampler, steps, total)
     if eta and sampler != "ddim":
         raise ValueError(f"eta={eta} is for sampler ddim alone; {sampler} has none")

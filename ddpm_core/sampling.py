@@ -25,7 +25,8 @@ OnBatch = Callable[[int], object]
 def step(x: Sequence[Tensor], x_0_hat: Sequence[Tensor], a: Tensor, b: Tensor, d: Tensor, z: Tensor | None) -> Tensor:
     """x' = sum_k (a_k x[i-k] + b_k x_0_hat[i-k]) + d z, row by row.
 
-    A coefficient of 0 leaves its term out, whatever the tensor holds (0 * NaN would be NaN).
+    A coefficient of 0 leaves its term out, whatever the tensor holds (0 * NaN would be NaN) and to the last bit: a row
+    is the same beside rows of samplers that look further back.
 
     Args:
         x: Ka tensors (B, C, H, W), the newest first.
@@ -37,16 +38,12 @@ def step(x: Sequence[Tensor], x_0_hat: Sequence[Tensor], a: Tensor, b: Tensor, d
         (B, C, H, W), the next x.
     """
 
-    def term(coefficient: Tensor, tensor: Tensor) -> Tensor:
+    total = torch.zeros_like(x[0])
+    terms = [*zip(b.unbind(1), x_0_hat, strict=True), *zip(a.unbind(1), x, strict=True)]
+    for coefficient, tensor in terms if z is None else [*terms, (d, z)]:
         c = coefficient.to(tensor.dtype)[:, None, None, None]
-        return torch.where(c != 0, c * tensor, 0.0)
-
-    total = term(b[:, 0], x_0_hat[0])
-    for k in range(1, len(x_0_hat)):
-        total = total + term(b[:, k], x_0_hat[k])
-    for k in range(len(x)):
-        total = total + term(a[:, k], x[k])
-    return total if z is None else total + term(d, z)
+        total = torch.where(c != 0, total + c * tensor, total)
+    return total
 
 
 @dataclasses.dataclass(frozen=True)

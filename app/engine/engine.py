@@ -1,138 +1,312 @@
-"""The worker thread: loads the model, then serves whole requests one after another.
+"""The worker thread that owns the network: takes requests at any time, makes one step of many images at a time.
 
-The thread blocks on its inbox and never polls. Nothing but this thread touches the network.
+Between two steps requests join, leave, end and are chosen (scheduler.py); the steps themselves are runner.py's. An
+idle engine blocks. Nothing but the worker touches the device.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from app.engine.job import Job, OnProgress
 from app.engine.request import (
+    Cancelled,
+    DeadlinePassed,
+    DeadlineTooSoon,
     DuplicateRequest,
     EngineBusy,
     EngineError,
     EngineNotReady,
+    Exactness,
     GenerateParams,
     ModelInfo,
     Result,
 )  # fmt: skip
-from app.engine.runner import Runner
+from app.engine.runner import Row, Runner
+from app.engine.scheduler import Scheduler
+from app.engine.selfcheck import find_exactness, measure
+from app.metrics import Metrics
 
 log = logging.getLogger("app.engine")
 
 Status = Literal["starting", "ok", "draining", "failed"]
+Outcome = Literal["completed", "cancelled", "failed", "deadline"]
+Batch = list[tuple[Job, int, Row]]
+
+MOST_ROWS = {"cpu": 32, "cuda": 256}  # of a step; the best number is looked for below
+PINNED_ROWS = {"cpu": 8, "cuda": 64}  # of every call, where rows keep their bits in no other way
 
 
 class Engine:
-    """A queue of requests in front of one model on one device."""
+    """One model on one device, shared by every request.
 
-    def __init__(self, make_runner: Callable[[], Runner], *, queue_slots: int) -> None:
-        self._make_runner, self.queue_slots = make_runner, queue_slots
-        self._inbox: queue.SimpleQueue[tuple[GenerateParams, Future[Result], float] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._in_flight: dict[str, GenerateParams] = {}
-        self._slot_s = 0.0  # seconds an image took lately
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+    Args:
+        make_runner: loads the model; called on the worker thread.
+        queue_slots: images that may wait or run at once.
+        exact: find out and keep what makes an image's bytes its own; False spares the start-up check and any padding.
+        batch_rows: the most network rows of a step; None: as many as the measured step time recommends.
+        metrics: where to count.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        make_runner: Callable[[], Runner],
+        *,
+        queue_slots: int,
+        exact: bool = True,
+        batch_rows: int | None = None,
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._make_runner, self.queue_slots, self._exact, self._batch_rows = make_runner, queue_slots, exact, batch_rows
+        self.metrics = metrics or Metrics()
+        self._clock = clock
+        self._changed = threading.Condition()  # guards all that follows
+        self.scheduler = Scheduler()
+        self._jobs: dict[str, Job] = {}
+        self._left: list[Row] = []  # of what has ended, to be released by the worker
+        self._stopping = False
         self.status: Status = "starting"
         self.failure: BaseException | None = None
         self.info: ModelInfo | None = None
+        self.exactness: Exactness | None = None
+        self.rows_limit = 0
         self.on_failure: Callable[[BaseException], None] = lambda error: None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.metrics.watch(self)
+
+    # ---- for every thread
 
     def start(self) -> None:
         """Starts loading; status turns from starting to ok, or to failed."""
         self._thread.start()
 
-    def submit(self, params: GenerateParams) -> Future[Result]:
-        """Queues a request. Thread-safe.
+    def submit(self, params: GenerateParams, on_progress: OnProgress | None = None) -> Future[Result]:
+        """Accepts a request, or says at once why not.
+
+        Args:
+            params: checked against `info`.
+            on_progress: called on any thread; must not block.
 
         Raises:
-            EngineNotReady, EngineBusy, DuplicateRequest: nothing was queued.
+            EngineNotReady, EngineBusy, DuplicateRequest, DeadlineTooSoon: nothing was accepted.
         """
-        with self._lock:
-            if self.status != "ok":
-                raise EngineNotReady(self.status)
-            if params.request_id in self._in_flight:
-                raise DuplicateRequest(params.request_id)
-            slots = sum(p.slots for p in self._in_flight.values())
-            if slots + params.slots > self.queue_slots:
-                raise EngineBusy(slots, self.queue_slots, max(1, math.ceil(slots * self._slot_s)))
-            future: Future[Result] = Future()
-            self._in_flight[params.request_id] = params
-            self._inbox.put((params, future, time.monotonic()))
-        return future
+        with self._changed:
+            predicted_s = self._admit(params)
+            rows = [self._runner.row(params, index) for index in range(params.slots)]
+            job = Job(params, rows, on_progress, self._clock(), predicted_s)
+            self._jobs[job.id] = job
+            self.scheduler.add(job.id, params.flow, params.images)
+            if on_progress is not None:
+                self._tell(job, self.scheduler.order().index(job.id), {})
+            self._changed.notify()
+        return job.future
 
-    def slots(self) -> int:
-        """Images waiting or running."""
-        with self._lock:
-            return sum(p.slots for p in self._in_flight.values())
+    def _admit(self, params: GenerateParams) -> float:
+        """Refuses, or predicts the seconds until the request ends."""
+
+        def refused(reason: str, error: EngineError) -> EngineError:
+            self.metrics.refused.labels(reason).inc()
+            return error
+
+        if self.status != "ok":
+            raise refused("not_ready", EngineNotReady(self.status))
+        if params.request_id in self._jobs:
+            raise refused("duplicate_id", DuplicateRequest(params.request_id))
+        slots = self.scheduler.slots
+        if (missing := slots + params.slots - self.queue_slots) > 0:
+            wait_s = self._finish_s(self.scheduler.work_until_free(missing), 0, self.rows_limit)
+            raise refused("queue_full", EngineBusy(slots, self.queue_slots, max(1, math.ceil(wait_s))))
+        needed_s = self._finish_s(*self.scheduler.left_of_new(params.flow, params.images))
+        if params.deadline_s is not None and needed_s > params.deadline_s:
+            alone_s = self._finish_s(*Scheduler().left_of_new(params.flow, params.images))
+            raise refused("deadline", DeadlineTooSoon(needed_s, alone_s))
+        return needed_s
+
+    def _finish_s(self, row_steps: int, longest: int, rows: int) -> float:
+        return self.step_time.finish_s(row_steps, longest, rows, self.rows_limit)
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request; its images make no further step. Returns whether there was such a one."""
+        with self._changed:
+            job = self._jobs.get(request_id)
+            if job is not None:
+                self._end(job, "cancelled", Cancelled("the request was cancelled"))
+            return job is not None
 
     def drain(self) -> None:
         """Refuses new requests from now on; accepted ones are served."""
-        with self._lock:
+        with self._changed:
             if self.status in ("starting", "ok"):
                 self.status = "draining"
 
+    @property
+    def idle(self) -> bool:
+        """Whether no accepted request is left."""
+        return not self._jobs
+
     def stop(self, timeout_s: float) -> bool:
-        """Drains, waits for the thread to end. Returns whether it did in time."""
+        """Drains for so long, ends what is left with an error, and the thread. Returns whether it ended in time."""
         self.drain()
-        self._inbox.put(None)
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+            self._changed.wait_for(lambda: self.idle, timeout_s)
+            for job in list(self._jobs.values()):
+                self._end(job, "failed", EngineNotReady("draining"))
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    # ---- the worker thread
+
     def _run(self) -> None:
         try:
-            runner = self._make_runner()
-            runner.warm_up()
-            with self._lock:
-                self.info = runner.info
-                if self.status == "starting":
-                    self.status = "ok"
-            while (item := self._inbox.get()) is not None:
-                self._serve(runner, *item)
+            self.load()
+            while self._wait_for_work():
+                self.tick()
         except BaseException as error:
             self._fail(error)
 
-    def _serve(self, runner: Runner, params: GenerateParams, future: Future[Result], queued_at: float) -> None:
-        """One request; an error in it is its own, the thread goes on."""
-        start = time.monotonic()
-        outcome: Result | EngineError | None = None  # None: cancelled while it waited
-        if future.set_running_or_notify_cancel():
-            try:
-                images = runner.generate(params)
-                took = time.monotonic() - start
-                outcome = Result(images, start - queued_at, took)
-                self._slot_s = (
-                    took / params.slots if not self._slot_s else 0.8 * self._slot_s + 0.2 * took / params.slots
-                )
-            except Exception as error:
-                log.exception("request %s failed", params.request_id)
-                outcome = EngineError(f"the reverse chain failed: {type(error).__name__}")
-            except BaseException:
-                future.set_exception(EngineNotReady("failed"))
-                raise
-        with self._lock:
-            del self._in_flight[params.request_id]
-        if isinstance(outcome, Result):
-            future.set_result(outcome)
-        elif outcome is not None:
-            future.set_exception(outcome)
+    def load(self) -> None:
+        """Loads the model and finds out how this machine runs it; then the engine is ready."""
+        runner = self._make_runner()
+        guided = 2 if runner.info.num_classes else 1  # network rows that the costliest image needs
+        most = self._batch_rows or MOST_ROWS[runner.device.type]
+        exactness = Exactness(False, 1, ())
+        if self._exact:
+            exactness = find_exactness(runner, max(most, guided), PINNED_ROWS[runner.device.type])
+        step_time = measure(runner, min(most, exactness.most_rows))
+        rows_limit = self._batch_rows or step_time.enough_rows()
+        rows_limit = min(rows_limit + runner.padding(rows_limit), exactness.most_rows)
+        with self._changed:
+            self._runner, self.info, self.exactness = runner, runner.info, exactness
+            self.step_time, self.rows_limit = step_time, rows_limit
+            if self.status == "starting":
+                self.status = "ok"
+        log.info(
+            "ready: %s on %s, up to %d network rows a step in %.1f ms, %s", self.info.id, self.info.device,
+            rows_limit, 1000 * step_time.seconds(rows_limit), exactness.how,
+        )  # fmt: skip
+
+    def _wait_for_work(self) -> bool:
+        """Blocks while there is nothing to do. False: there will be nothing any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._left or self._stopping)
+            return bool(self._jobs or self._left)
+
+    def tick(self) -> None:
+        """One step of the images whose turn it is."""
+        with self._changed:
+            now = self._clock()
+            for job in [job for job in self._jobs.values() if job.deadline <= now]:
+                self._end(job, "deadline", DeadlinePassed("the deadline has passed"))
+            left, self._left = self._left, []
+            batch = [(job := self._jobs[id_], i, job.rows[i]) for id_, i in self.scheduler.next(self.rows_limit)]
+            for job, _, _ in batch:
+                if job.waits:
+                    job.begun = now
+                    self.metrics.queue.observe(now - job.submitted)
+        for row in left:
+            self._runner.release(row)
+        if not batch:
+            return
+        rows = [row for _, _, row in batch]
+        network_rows = sum(row.network_rows for row in rows)
+        padding = self._runner.padding(network_rows)
+        start = time.perf_counter()
+        failed = self._runner.advance(rows)
+        took = time.perf_counter() - start
+        if len(failed) == len(rows):
+            self._runner.probe()  # raises where no step can be made any more
+        ended = [row for row in rows if row.finished]
+        x = dict(zip(ended, self._runner.x(ended), strict=True)) if ended else {}
+        previews = self._previews([(job, i, row) for job, i, row in batch if row not in failed])
+
+        self.metrics.step.observe(took)
+        self.metrics.rows.observe(network_rows)
+        self.metrics.padding.inc(padding)
+        with self._changed:
+            if not failed:
+                self.step_time.observe(network_rows + padding, took)
+            for job, index, row in batch:
+                if not job.future.done():
+                    self._account(job, index, row, failed.get(row), x.get(row))
+            now = self._clock()
+            for job in dict.fromkeys(job for job, _, _ in batch):
+                if not job.future.done():
+                    self._tell(job, 0, previews.get(job, {}))
+                    if len(job.x) == job.params.slots:
+                        self.metrics.completed(job.params.slots, now - job.submitted, job.predicted_s)
+                        self._end(job, "completed", job.result(now))
+            self._tell_waiting()
+
+    def _account(
+        self, job: Job, index: int, row: Row, error: Exception | None, x: NDArray[np.float32] | None
+    ) -> None:  # fmt: skip
+        """Writes down one image's step; an error ends its request."""
+        if error is not None:
+            log.error("a step of image %d failed", index, exc_info=error, extra={"request_id": job.id})
+            self._end(job, "failed", EngineError(f"image {index}: a step failed with {type(error).__name__}"))
+        elif x is not None and not np.isfinite(x).all():
+            log.error("image %d is not finite", index, extra={"request_id": job.id})
+            self._end(job, "failed", EngineError(f"image {index}: the network returned numbers that are not finite"))
+        elif self.scheduler.advance((job.id, index)):
+            assert x is not None
+            job.x[index] = x
+            self._left.append(row)
+
+    def _end(self, job: Job, outcome: Outcome, answer: Result | EngineError) -> None:
+        """A request leaves with its answer."""
+        del self._jobs[job.id]
+        self.scheduler.remove(job.id)
+        self._left += [row for index, row in enumerate(job.rows) if index not in job.x]
+        self.metrics.requests.labels(outcome).inc()
+        if isinstance(answer, Result):
+            job.future.set_result(answer)
+        else:
+            self.metrics.wasted.inc(job.steps)
+            job.future.set_exception(answer)
+        self._changed.notify_all()
+
+    # ---- progress
+
+    def _previews(self, batch: Batch) -> dict[Job, dict[int, NDArray[np.uint8]]]:
+        """x_0_hat as pixels, by request and image, where a client wants to see it after this step."""
+        due = [(job, index, row) for job, index, row in batch if job.wants_preview(row)]
+        found: dict[Job, dict[int, NDArray[np.uint8]]] = {}
+        if due:
+            for (job, index, _), pixels in zip(due, self._runner.previews([row for *_, row in due]), strict=True):
+                found.setdefault(job, {})[index] = pixels
+        return found
+
+    def _tell(self, job: Job, position: int, previews: dict[int, NDArray[np.uint8]]) -> None:
+        job.tell(self._clock(), position, lambda: self._finish_s(*self.scheduler.left(job.id)), previews)
+
+    def _tell_waiting(self) -> None:
+        now = self._clock()
+        if waiting := [job for job in self._jobs.values() if job.wants_news(now)]:
+            places = {id_: place for place, id_ in enumerate(self.scheduler.order())}
+            for job in waiting:
+                self._tell(job, places[job.id], {})
+
+    # ---- the end
 
     def _fail(self, error: BaseException) -> None:
         """The thread is ending: nobody may wait for it."""
         if not isinstance(error, (ValueError, OSError)):  # these say themselves what is wrong with model or device
             log.critical("the worker thread has died", exc_info=error)
-        with self._lock:
+        with self._changed:
             self.status, self.failure = "failed", error
-            self._in_flight.clear()
-        while not self._inbox.empty():
-            item = self._inbox.get()
-            if item is not None and item[1].set_running_or_notify_cancel():
-                item[1].set_exception(EngineNotReady("failed"))
+            for job in list(self._jobs.values()):
+                self._end(job, "failed", EngineNotReady("failed"))
         self.on_failure(error)

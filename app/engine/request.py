@@ -28,6 +28,32 @@ class DuplicateRequest(EngineError):
     """A request of this id is in flight."""
 
 
+class DeadlineTooSoon(EngineError):
+    """The deadline cannot be met, by what steps take and what is before it."""
+
+    def __init__(self, needed_s: float, alone_s: float) -> None:
+        super().__init__(
+            f"about {needed_s * 1000:.0f} ms are needed now, {alone_s * 1000:.0f} ms with nothing before it"
+        )
+        self.needed_s, self.alone_s = needed_s, alone_s
+
+
+class DeadlinePassed(EngineError):
+    """It was accepted, and its time ran out."""
+
+
+class Cancelled(EngineError):
+    """Its client left or ended it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a chain starts that does not start from pure noise: an image, noised to t."""
+
+    pixels: NDArray[np.uint8]  # (C, H, W)
+    t: int
+
+
 @dataclasses.dataclass(frozen=True)
 class GenerateParams:
     """One request: len(seeds) images, each a function of its own seed and label and of what they share."""
@@ -39,18 +65,43 @@ class GenerateParams:
     steps: int
     eta: float
     guidance_scale: float
+    start: Start | None = None
+    previews: int = 0  # every how many steps of an image its x_0_hat is wanted; 0: never
+    deadline_s: float | None = None  # from now
+    flow: str = ""  # whose share of the machine it uses
 
     @property
     def slots(self) -> int:
         return len(self.seeds)
 
+    def guided(self, index: int) -> bool:
+        """Whether an image has guidance: then its step costs two network rows."""
+        return self.guidance_scale != 1 and self.labels[index] is not None
+
+    @property
+    def images(self) -> list[tuple[int, int]]:
+        """(network rows of a step, steps) of every image, as the scheduler wants them."""
+        return [(2 if self.guided(i) else 1, self.steps) for i in range(self.slots)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a request is, after a step that some of its images made."""
+
+    step: int  # 0 .. steps; of several images the mean, rounded down
+    steps: int
+    queue_position: int  # requests that go before it; 0 once it has begun
+    eta_s: float
+    previews: tuple[tuple[int, NDArray[np.uint8]], ...] = ()  # (index, x_0_hat as pixels (C, H, W))
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The images, uint8 (n, C, H, W), and where the time went."""
+    """The images, and where the time went."""
 
-    images: NDArray[np.uint8]
-    queue_s: float
+    x: NDArray[np.float32]  # (n, C, H, W), the chain's last x
+    images: NDArray[np.uint8]  # (n, C, H, W), the same as pixels
+    queue_s: float  # until the first image's first step
     denoise_s: float
 
 
@@ -65,8 +116,36 @@ class ModelInfo:
     num_train_steps: int  # T
     num_classes: int  # 0: unconditional
     alphas_cumprod: NDArray[np.float64]  # (T,)
+    runtime: str  # what runs the network: torch or onnxruntime
 
     @property
     def id(self) -> str:
         """name@first 12 of the weights' sha256."""
         return f"{self.name}@{self.sha256[:12]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Exactness:
+    """Whether an image's bytes are its own, whatever shares its batches: what was found on this machine."""
+
+    exact: bool
+    rows_multiple: int  # network calls are padded to a multiple of so many rows
+    checked_rows: tuple[int, ...]  # the batch sizes that were compared, bit by bit
+
+    @property
+    def how(self) -> str:
+        """The same for people."""
+        if not self.checked_rows:
+            return "not exact: not asked for (DDPM_EXACT=false)"
+        if not self.exact:
+            return "not exact: on this device the bits of a row depend on the rows beside it"
+        if self.rows_multiple == 1:
+            return "exact at every batch size"
+        if self.rows_multiple == max(self.checked_rows):
+            return f"exact with every call padded to {self.rows_multiple} rows"
+        return f"exact with calls padded to a multiple of {self.rows_multiple} rows"
+
+    @property
+    def most_rows(self) -> int:
+        """The most network rows that a call may have for this to hold."""
+        return max(self.checked_rows, default=2**31)

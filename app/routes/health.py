@@ -18,7 +18,15 @@ def _health(engine: Engine) -> Health:
         device=info.device if info else None,
         model=info.name if info else None,
         sha256=info.sha256 if info else None,
-        engine=EngineHealth(slots=engine.slots(), slots_limit=engine.queue_slots),
+        engine=EngineHealth(
+            slots_running=engine.scheduler.running,
+            slots_waiting=engine.scheduler.slots - engine.scheduler.running,
+            slots_limit=engine.queue_slots,
+            batch_rows_limit=engine.rows_limit or None,
+            runtime=info.runtime if info else None,
+            exact=engine.exactness.exact if engine.exactness else None,
+            exactness=engine.exactness.how if engine.exactness else None,
+        ),
         version=__version__,
     )
 

@@ -4,74 +4,23 @@ from __future__ import annotations
 
 import io
 import time
-from typing import Annotated, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import FormData, UploadFile
 
 from app import errors, forward, images
 from app.engine.request import ModelInfo
-from app.http import negotiate, read_form
+from app.forms import form_schema, read_upload
+from app.http import negotiate
 from app.routes.common import FORMATS, JSON, PNG, PROBLEM, b64, loaded_model, random_seed
-from app.schemas import NoisedImage, NoiseResponse
+from app.schemas import NoisedImage, NoiseRequest, NoiseResponse
 from ddpm_core import __version__
-from ddpm_core.noise import MAX_SEED
 
 router = APIRouter(tags=["images"])
 
 NPZ = "application/x-npz"
 MAX_T = 32
-
-
-class NoiseFields(BaseModel):
-    """The form's text fields."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    t: Annotated[str, Field(pattern=r"^\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*$", description="0 .. T-1, or several: 0,250,999")]
-    seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
-    fit: Literal["none", "model"] = "none"
-    response_format: Literal["png", "b64_json"] | None = None
-
-
-FORM_SCHEMA = NoiseFields.model_json_schema()
-FORM_SCHEMA["properties"] = {
-    "image": {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP, GIF or BMP."},
-    **FORM_SCHEMA["properties"],
-}
-FORM_SCHEMA["required"] = ["image", "t"]
-
-
-def _fields(form: FormData) -> tuple[UploadFile, NoiseFields]:
-    """The form's parts, each allowed once. Raises Invalid."""
-    for name in form:
-        if len(form.getlist(name)) > 1:
-            raise errors.Invalid.field(name, "given more than once")
-    upload = form.get("image")
-    if not isinstance(upload, UploadFile):
-        raise errors.Invalid.field("image", "a file is required: -F image=@digit.png")
-    text = {name: value for name, value in form.items() if name != "image"}
-    for name, value in text.items():
-        if isinstance(value, UploadFile):
-            raise errors.Invalid.field(name, "must be a text field, not a file")
-    try:
-        return upload, NoiseFields.model_validate(text)
-    except ValidationError as error:
-        known = ", ".join(["image", *NoiseFields.model_fields])
-        found = [
-            {
-                "field": ".".join(map(str, e["loc"])),
-                "detail": {
-                    "extra_forbidden": f"unknown field; known: {known}",
-                    "string_pattern_mismatch": "must be one timestep or several, comma-separated: 0,250,999",
-                }.get(e["type"], e["msg"]),
-            }
-            for e in error.errors(include_url=False, include_context=False)
-        ]
-        raise errors.Invalid.fields(found) from None
 
 
 def _timesteps(text: str, info: ModelInfo) -> list[int]:
@@ -91,18 +40,13 @@ def _timesteps(text: str, info: ModelInfo) -> list[int]:
         200: {"content": {PNG: {}, NPZ: {}}},
         **dict.fromkeys((406, 413, 415, 422, 503), PROBLEM),
     },
-    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM_SCHEMA}}}},
+    openapi_extra={"requestBody": form_schema(NoiseRequest)},
 )
 async def noise(request: Request) -> Response:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, for one t or several (PNG: a strip)."""
     info = loaded_model(request)
     settings = request.app.state.settings
-    form = await read_form(request, settings.max_body_bytes)
-    try:
-        upload, fields = _fields(form)
-        content = await upload.read()
-    finally:
-        await form.close()
+    content, fields = await read_upload(request, NoiseRequest)
     media_type = FORMATS[fields.response_format] if fields.response_format else negotiate(request, (JSON, NPZ, PNG))
     t = _timesteps(fields.t, info)
     seed = random_seed() if fields.seed is None else fields.seed

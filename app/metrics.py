@@ -1,0 +1,73 @@
+"""What /metrics says: Prometheus metrics of one engine, in a registry of their own."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+WAIT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+RATIO = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4, 10)
+
+
+class Slots(Protocol):
+    """Who has images."""
+
+    slots: int
+    running: int
+
+
+class Watched(Protocol):
+    """What of an engine is read when somebody looks."""
+
+    queue_slots: int
+    rows_limit: int
+
+    @property
+    def scheduler(self) -> Slots: ...
+
+
+class Metrics:
+    """`_total` counts, `_seconds` measures, limits are gauges beside what they bound."""
+
+    def __init__(self) -> None:
+        self.registry = r = CollectorRegistry()
+        self.slots_running = Gauge("ddpm_slots_running", "Images that have begun and are not done.", registry=r)
+        self.slots_waiting = Gauge("ddpm_slots_waiting", "Images that have not begun.", registry=r)
+        self.slots_limit = Gauge("ddpm_slots_limit", "Images that may wait or run at once.", registry=r)
+        self.batch_rows_limit = Gauge("ddpm_batch_rows_limit", "Network rows of a full step.", registry=r)
+        self.requests = Counter("ddpm_requests", "Accepted requests that ended.", ["outcome"], registry=r)
+        self.refused = Counter("ddpm_refused", "Requests that were not accepted.", ["reason"], registry=r)
+        self.images = Counter("ddpm_images", "Images drawn.", registry=r)
+        self.step = Histogram("ddpm_step_seconds", "One step of a batch.", buckets=STEP_S, registry=r)
+        self.rows = Histogram(
+            "ddpm_batch_rows", "Network rows of a step, padding not counted.", buckets=ROWS, registry=r
+        )
+        self.padding = Counter("ddpm_padding_rows", "Network rows that only filled a batch up.", registry=r)
+        self.wasted = Counter("ddpm_wasted_steps", "Steps of images that nobody got.", registry=r)
+        self.queue = Histogram("ddpm_queue_seconds", "Until a request's first step.", buckets=WAIT_S, registry=r)
+        self.wait = Histogram("ddpm_wait_seconds", "Until a request's last step.", buckets=WAIT_S, registry=r)
+        self.predicted = Histogram(
+            "ddpm_wait_predicted_seconds", "The same, as predicted when it was accepted.", buckets=WAIT_S, registry=r
+        )
+        self.ratio = Histogram("ddpm_wait_ratio", "Real over predicted wait.", buckets=RATIO, registry=r)
+        for outcome in ("completed", "cancelled", "failed", "deadline"):
+            self.requests.labels(outcome)
+        for reason in ("queue_full", "deadline", "duplicate_id", "not_ready"):
+            self.refused.labels(reason)
+
+    def watch(self, engine: Watched) -> None:
+        """Reads the gauges from an engine whenever they are asked for."""
+        self.slots_limit.set(engine.queue_slots)
+        self.slots_running.set_function(lambda: engine.scheduler.running)
+        self.slots_waiting.set_function(lambda: engine.scheduler.slots - engine.scheduler.running)
+        self.batch_rows_limit.set_function(lambda: engine.rows_limit)
+
+    def completed(self, images: int, waited_s: float, predicted_s: float) -> None:
+        """A request was served."""
+        self.images.inc(images)
+        self.wait.observe(waited_s)
+        self.predicted.observe(predicted_s)
+        self.ratio.observe(waited_s / max(predicted_s, 1e-9))

@@ -1,0 +1,106 @@
+"""GET /images/...: one image as a pure function of its URL, for browsers and caches."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import re
+import uuid
+from collections.abc import Callable, Coroutine
+
+from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from app import errors
+from app.engine.engine import Engine
+from app.engine.request import GenerateParams, ModelInfo
+from app.http import unless_gone
+from app.routes.common import PNG, PROBLEM, loaded_model
+from app.routes.drawing import draw, encode_sheet, to_params
+from app.schemas import GenerateRequest, parse_fields
+from ddpm_core import plans
+
+router = APIRouter(tags=["images"])
+
+FOREVER = "public, max-age=31536000, immutable"
+QUERY = ("eta", "guidance_scale", "scale")
+
+
+@dataclasses.dataclass
+class _Shared:
+    task: asyncio.Task[bytes]
+    waiters: int = 0
+
+
+class Sharing:
+    """Identical images in flight are one computation, which ends when the last that waits for it leaves."""
+
+    def __init__(self) -> None:
+        self._in_flight: dict[object, _Shared] = {}
+
+    async def get(self, key: object, make: Callable[[], Coroutine[None, None, bytes]]) -> bytes:
+        shared = self._in_flight.get(key)
+        if shared is None:
+            shared = self._in_flight[key] = _Shared(asyncio.create_task(make()))
+            shared.task.add_done_callback(lambda _: self._in_flight.pop(key, None))
+        shared.waiters += 1
+        try:
+            return await asyncio.shield(shared.task)
+        finally:
+            shared.waiters -= 1
+            if not shared.waiters and not shared.task.done():
+                self._in_flight.pop(key, None)
+                shared.task.cancel()
+
+
+def _params(
+    request: Request, info: ModelInfo, sampler: str, steps: str, label: str, seed: str
+) -> tuple[GenerateParams, int]:
+    """What a URL asks for, and its scale. Raises Invalid."""
+    for name, _ in request.query_params.multi_items():
+        if name not in QUERY or len(request.query_params.getlist(name)) > 1:
+            raise errors.Invalid.field(name, f"each of {', '.join(QUERY)} may be given, once")
+    if sampler not in plans.DEFAULT_STEPS:
+        raise errors.Invalid.field("sampler", f"{sampler} is not known; known: {', '.join(plans.DEFAULT_STEPS)}")
+    given = {"sampler": sampler, "steps": steps, "seed": seed, **dict(request.query_params)}
+    fields = parse_fields(given if label == "none" else {**given, "label": label}, GenerateRequest)
+    return to_params(fields, info, request.app.state.settings, uuid.uuid4().hex), fields.scale
+
+
+@router.get(
+    "/images/{model}/{sampler}-{steps}/{label}/{seed}.png",
+    response_class=Response,
+    responses={200: {"content": {PNG: {}}}, 304: {}, **dict.fromkeys((404, 422, 429, 503), PROBLEM)},
+    openapi_extra={
+        "parameters": [
+            {"name": name, "in": "query", "schema": GenerateRequest.model_json_schema()["properties"][name]}
+            for name in QUERY
+        ]
+    },
+)
+async def image(request: Request, model: str, sampler: str, steps: str, label: str, seed: str) -> Response:
+    """One image. `model` is name@first 12 of the weights' sha256, and the answer never changes; or the name alone."""
+    info = loaded_model(request)
+    if model not in (info.id, info.name):
+        raise errors.NotFound(f"{model} is not served here; served: {info.id}")
+    params, scale = _params(request, info, sampler, steps, label, seed)
+    engine: Engine = request.app.state.engine
+
+    async def make() -> bytes:
+        result = await draw(engine, params)
+        return await run_in_threadpool(encode_sheet, result, params, info, scale)
+
+    key = (dataclasses.replace(params, request_id=""), scale)
+    png = await unless_gone(request, request.app.state.sharing.get(key, make))
+    etag = f'"{hashlib.sha256(png).hexdigest()[:32]}"'
+    pinned = model == info.id and engine.exactness is not None and engine.exactness.exact
+    headers = {"ETag": etag, "Cache-Control": FOREVER if pinned else "no-cache", "X-Model": info.id}
+    if _matches(request.headers.get("if-none-match", ""), etag):
+        return Response(status_code=304, headers=headers)
+    return Response(png, media_type=PNG, headers=headers)
+
+
+def _matches(if_none_match: str, etag: str) -> bool:
+    """RFC 9110, section 13.1.2: `*`, or a list in which weak and strong are alike."""
+    return if_none_match.strip() == "*" or etag in re.findall(r'"[^"]*"', if_none_match)
