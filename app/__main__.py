@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from app import logs
 from app.engine.engine import Engine
-from app.main import create_app
+from app.main import ONE_PROCESS, create_app
 from app.settings import Settings
 
 SECOND_SIGNAL_S = 1.0  # signals closer than this are one: shells and supervisors send some twice
@@ -58,6 +58,9 @@ def main() -> int:
     app = create_app(settings)
     engine: Engine = app.state.engine
     config = uvicorn.Config(app, host=settings.host, port=settings.port, log_config=logs.CONFIG)
+    if config.workers > 1:
+        print(f"error: WEB_CONCURRENCY={config.workers}: {ONE_PROCESS}", file=sys.stderr)
+        return 2
     server = Server(config, engine, settings.drain_s)
 
     def on_failure(error: BaseException) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -16,6 +17,8 @@ from app.routes import denoise, generate, health, image_urls, metrics, noise, re
 from app.settings import Settings
 from ddpm_core import __version__
 
+ONE_PROCESS = "one process serves one device, and shares its batches among all requests; for more, start more replicas"
+
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The service as an ASGI application; its lifespan starts the engine and drains it at the end."""
@@ -27,6 +30,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if multiprocessing.parent_process() is not None:
+            raise RuntimeError(f"--workers: {ONE_PROCESS}")
         engine.start()
         yield
         await run_in_threadpool(engine.stop, settings.drain_s)

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from app.settings import Settings
 from ddpm_core import data
 from ddpm_core.checkpoint import load_model
+from ddpm_core.network import OnnxNetwork
 from tests.mnist import mnist_root
 from tests.service.conftest import Service, pixels
 
@@ -95,3 +96,8 @@ def test_one_call_of_the_shipped_network_stays_under_600_mflop() -> None:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model.net(torch.zeros(1, *model.config.image_shape), torch.tensor([5]), torch.tensor([3]))
     assert 0.1e9 < counter.get_total_flops() <= 0.6e9
+
+
+def test_the_shipped_graph_is_of_the_shipped_weights() -> None:
+    """No start of the service has to make it, also where it could not keep it."""
+    assert isinstance(load_model(WEIGHTS).network(torch.device("cpu")), OnnxNetwork)

@@ -26,7 +26,7 @@ from app.settings import Settings
 from ddpm_core import __version__, plans
 
 ZIP = "application/zip"
-OFFERED = (JSON, ZIP, EVENTS, PNG)
+OFFERED = (EVENTS, ZIP, JSON, PNG)  # of equals the last is sent
 
 
 def to_params(

@@ -288,6 +288,32 @@ def test_eta_is_refused_where_it_means_nothing(sampler: str) -> None:
         plans.build(LINEAR, sampler, 10, eta=0.5)
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "fast", "balanced", "reference"])
+@pytest.mark.parametrize("start", [0, 1, 7, 400, 999])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_a_chain_from_an_image_starts_at_its_t(sampler: str, start: int, spacing: Spacing) -> None:
+    """Whatever the spacing; with the sampler's own steps as far as there are so many."""
+    schedule = schedules.linear(1000)
+    plan = plans.build(schedule, sampler, start=start, spacing=spacing)
+    assert plan.timesteps[0] == start
+    assert plan.timesteps[-1] >= 0
+    assert len(plan) == min(start + 1, plans.resolve(sampler, None, 1000)[1])
+    assert plan.alpha_bars[0] == schedule.alphas_cumprod[start]
+
+
+def test_a_full_chain_from_the_last_t_is_the_chain_from_noise() -> None:
+    schedule = schedules.linear(1000)
+    whole, started = plans.build(schedule, "ddpm"), plans.build(schedule, "ddpm", start=999)
+    assert np.array_equal(whole.timesteps, started.timesteps)
+    assert np.array_equal(whole.b, started.b)
+
+
+@pytest.mark.parametrize(("start", "steps"), [(-1, None), (1000, None), (5, 7)])
+def test_a_start_outside_the_schedule_or_too_many_steps_are_refused(start: int, steps: int | None) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        plans.build(schedules.linear(1000), "ddim", steps, start=start)
+
+
 def test_an_unknown_sampler_names_the_known_ones() -> None:
     with pytest.raises(
         ValueError, match="'euler' is not known; known: ddpm, ddim, dpmpp_2m, fast, balanced, reference"

@@ -70,6 +70,19 @@ def test_a_coefficient_of_0_leaves_its_term_out_even_where_it_is_nan() -> None:
     assert bool(new[1].isnan().all())
 
 
+def test_a_row_has_the_same_bits_beside_rows_that_look_further_back() -> None:
+    """Terms of coefficient 0 change nothing, not even the sign of a zero or what lies in an unused history."""
+    generator = torch.Generator().manual_seed(0)
+    x, x_0_hat, z = (torch.randn(4, *SHAPE, generator=generator) for _ in range(3))
+    x[0], x_0_hat[0] = -0.0, -0.0
+    a, b, d = torch.tensor([[0.3], [0.0], [1.0], [-2.0]]), torch.tensor([[0.7], [1.0], [0.0], [0.5]]), torch.zeros(4)
+    short = step([x], [x_0_hat], a, b, d, None)
+    more = torch.zeros(4, 2)
+    junk = torch.full_like(x, float("nan"))
+    long = step([x, junk, junk], [x_0_hat, junk, junk], torch.cat([a, more], 1), torch.cat([b, more], 1), d, z)
+    assert short.numpy().tobytes() == long.numpy().tobytes()
+
+
 def test_a_step_without_noise_needs_none() -> None:
     x = torch.ones(1, *SHAPE)
     assert torch.equal(step([x], [x], torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1), None), 2 * x)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Callable, Coroutine, Iterator
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.engine.runner import Row, Runner
 from app.main import create_app
 from app.settings import Settings
 
@@ -76,6 +78,21 @@ def make_service(model_dir: Path) -> Iterator[Callable[..., Service]]:
     yield make
     for running in made:
         running.stop()
+
+
+@pytest.fixture
+def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """While this is cleared no engine makes a step; it is set at first, so that engines can start."""
+    gate, advance = threading.Event(), Runner.advance
+    gate.set()
+
+    def held(self: Runner, rows: Sequence[Row]) -> dict[Row, Exception]:
+        gate.wait(60)
+        return advance(self, rows)
+
+    monkeypatch.setattr(Runner, "advance", held)
+    yield gate
+    gate.set()
 
 
 def assert_problem(response: httpx.Response, status: int, field: str | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import threading
+import zipfile
 from collections.abc import Callable
 
 import httpx
@@ -15,8 +16,8 @@ import pytest
 from PIL import Image
 
 from app.engine.engine import Engine
+from app.engine.job import OnProgress
 from app.engine.request import GenerateParams
-from app.engine.runner import Runner
 from ddpm_core.checkpoint import load_model
 from ddpm_core.data import to_uint8
 from ddpm_core.noise import MAX_SEED
@@ -67,20 +68,22 @@ def test_json_holds_every_image_with_its_seed_and_label(service: Service) -> Non
         assert pixels(base64.b64decode(image["b64_json"])).shape == (28, 28)
 
 
-def test_image_i_of_a_set_can_be_had_alone(service: Service) -> None:
-    """Within one grey level: bit equality in any batch is the engine's next promise."""
-    many = service.generate({"n": 4, "seed": 10, "label": 6, "steps": 4}, accept="application/json").json()
-    for i in range(4):
-        alone = service.generate({"seed": 10 + i, "label": 6, "steps": 4})
-        of_set = pixels(base64.b64decode(many["images"][i]["b64_json"]))
-        assert np.abs(pixels(alone.content).astype(int) - of_set).max() <= 1
+@pytest.mark.parametrize("how", [{}, {"guidance_scale": 2.5}, {"sampler": "ddpm"}, {"sampler": "ddim", "eta": 0.5}])
+def test_image_i_of_a_set_can_be_had_alone_to_the_last_byte(service: Service, how: dict[str, object]) -> None:
+    body = {"label": 6, "steps": 4, **how}
+    many = service.generate({**body, "n": 7, "seed": 10}, accept="application/json").json()
+    for i in range(7):
+        alone = service.generate({**body, "seed": 10 + i})
+        assert alone.content == base64.b64decode(many["images"][i]["b64_json"])
 
 
 def test_several_images_make_one_grid(service: Service) -> None:
-    sheet = pixels(service.generate({"n": 5, "seed": 1, "label": 2, "steps": 2}).content)
+    response = service.generate({"n": 5, "seed": 1, "label": 2, "steps": 2})
+    sheet = pixels(response.content)
     assert sheet.shape == (2 * 28 + 2, 3 * 28 + 4)
-    first = pixels(service.generate({"seed": 1, "label": 2, "steps": 2}).content)
-    assert np.abs(sheet[:28, :28].astype(int) - first).max() <= 1
+    assert np.array_equal(sheet[:28, :28], pixels(service.generate({"seed": 1, "label": 2, "steps": 2}).content))
+    facts = json.loads(Image.open(io.BytesIO(response.content)).info["ddpm"])["images"]
+    assert [(f["seed"], f["label"]) for f in facts] == [(s, 2) for s in range(1, 6)]
 
 
 def test_scale_enlarges_by_nearest_neighbour(service: Service) -> None:
@@ -182,8 +185,9 @@ def test_two_accept_headers_are_read_as_one(service: Service) -> None:
         ({"scale": 17}, "scale"),
         ({"response_format": "jpeg"}, "response_format"),
         ({"prompt": "seven"}, "prompt"),
-        ({"deadline_ms": 5}, "deadline_ms"),
+        ({"deadline_ms": 0}, "deadline_ms"),
         ({"previews": 2}, "previews"),
+        ({"frames": 2}, "frames"),
         ({"model": "x"}, "model"),
     ],
 )
@@ -234,9 +238,9 @@ def test_what_was_refused_cost_nothing(service: Service) -> None:
     seen: list[GenerateParams] = []
     submit = engine.submit
 
-    def watch(params: GenerateParams):  # type: ignore[no-untyped-def]
+    def watch(params: GenerateParams, on_progress: OnProgress | None = None):  # type: ignore[no-untyped-def]
         seen.append(params)
-        return submit(params)
+        return submit(params, on_progress)
 
     engine.submit = watch  # type: ignore[method-assign]
     try:
@@ -250,30 +254,25 @@ def test_what_was_refused_cost_nothing(service: Service) -> None:
 
 
 def test_a_full_queue_is_429_and_an_id_in_flight_409(
-    make_service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+    make_service: Callable[..., Service], hold: threading.Event
 ) -> None:
     """While three of four slots are held: two images more are too many, one is served, and so is all afterwards."""
-    gate, generate = threading.Event(), Runner.generate
-
-    def hold(self: Runner, params: GenerateParams):  # type: ignore[no-untyped-def]
-        gate.wait(60)
-        return generate(self, params)
-
     service = make_service(queue_slots=4, max_images=4)
-    monkeypatch.setattr(Runner, "generate", hold)
+    engine: Engine = service.app.state.engine
+    hold.clear()
 
     def ask(n: int, request_id: str):  # type: ignore[no-untyped-def]
         return service.client.post("/generate", json={"n": n, "steps": 1}, headers={"x-request-id": request_id})
 
     async def all_at_once() -> list[httpx.Response]:
         first = asyncio.ensure_future(ask(3, "first"))
-        while not service.app.state.engine.slots():
+        while not engine.scheduler.slots:
             await asyncio.sleep(0.01)
         refused = [await ask(2, "second"), await ask(1, "first")]
         last = asyncio.ensure_future(ask(1, "third"))
-        while service.app.state.engine.slots() < 4:
+        while engine.scheduler.slots < 4:
             await asyncio.sleep(0.01)
-        gate.set()
+        hold.set()
         return [*refused, await first, await last]
 
     full, twice, first, third = service.run(all_at_once())
@@ -281,7 +280,70 @@ def test_a_full_queue_is_429_and_an_id_in_flight_409(
     assert int(full.headers["retry-after"]) >= 1
     assert_problem(twice, 409)
     assert (first.status_code, third.status_code) == (200, 200)
-    assert service.app.state.engine.slots() == 0
+    assert engine.scheduler.slots == 0
+
+
+def test_a_deadline_that_cannot_be_met_is_429_at_once(service: Service) -> None:
+    """And says how long the request would take."""
+    response = service.generate({"steps": 1000, "n": 64, "deadline_ms": 1})
+    problem = assert_problem(response, 429)
+    assert problem["type"] == "urn:ddpm:problem:deadline-too-soon"
+    assert "allow more" in problem["detail"]
+    assert int(response.headers["retry-after"]) >= 1
+    assert service.generate({"steps": 2, "deadline_ms": 60_000}).status_code == 200
+
+
+def test_a_deadline_that_passes_is_504(
+    make_service: Callable[..., Service], hold: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make_service()
+    engine: Engine = service.app.state.engine
+    now = [1000.0]
+    monkeypatch.setattr(engine, "_clock", lambda: now[0])
+    hold.clear()
+
+    async def late() -> httpx.Response:
+        waiting = asyncio.ensure_future(service.client.post("/generate", json={"steps": 5, "deadline_ms": 60_000}))
+        while not engine.scheduler.slots:
+            await asyncio.sleep(0.01)
+        now[0] += 60.0
+        hold.set()
+        return await waiting
+
+    assert_problem(service.run(late()), 504)
+
+
+def test_a_request_can_be_ended_by_its_id(make_service: Callable[..., Service], hold: threading.Event) -> None:
+    service = make_service()
+    engine: Engine = service.app.state.engine
+    hold.clear()
+
+    async def end_it() -> list[httpx.Response]:
+        waiting = asyncio.ensure_future(service.client.post("/generate", json={}, headers={"x-request-id": "mine"}))
+        while not engine.scheduler.slots:
+            await asyncio.sleep(0.01)
+        wrong = await service.client.delete("/requests/yours")
+        ended = await service.client.delete("/requests/mine")
+        return [wrong, ended, await waiting, await service.client.delete("/requests/mine")]
+
+    wrong, ended, waiting, again = service.run(end_it())
+    assert_problem(wrong, 404)
+    assert (ended.status_code, ended.content) == (204, b"")
+    assert_problem(waiting, 410)
+    assert_problem(again, 404)
+    assert engine.scheduler.slots == 0
+
+
+def test_a_zip_holds_one_png_an_image(service: Service) -> None:
+    body = {"n": 3, "seed": 7, "label": [1, None, 2], "steps": 2}
+    response = service.generate(body, accept="application/zip")
+    assert response.headers["content-type"] == "application/zip"
+    archive = zipfile.ZipFile(io.BytesIO(response.content))
+    assert archive.testzip() is None
+    assert archive.namelist() == ["0000-seed-7.png", "0001-seed-8.png", "0002-seed-9.png"]
+    images = service.generate(body, accept="application/json").json()["images"]
+    assert [archive.read(n) for n in archive.namelist()] == [base64.b64decode(image["b64_json"]) for image in images]
+    assert service.generate(body, accept="application/zip").content == response.content
 
 
 def test_an_unknown_path_and_method_are_problems(service: Service) -> None:
@@ -294,7 +356,7 @@ def test_an_unknown_path_and_method_are_problems(service: Service) -> None:
 def test_a_bug_is_a_problem_that_the_log_has_by_its_id(
     service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(params: GenerateParams) -> None:
+    def fail(params: GenerateParams, on_progress: OnProgress | None = None) -> None:
         raise KeyError("secret")
 
     monkeypatch.setattr(service.app.state.engine, "submit", fail)

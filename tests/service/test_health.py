@@ -6,17 +6,17 @@ import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
-from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
 
+from app import images
 from app.engine.engine import Engine
 from app.engine.request import EngineNotReady, GenerateParams
-from app.engine.runner import Runner
+from app.engine.runner import Row, Runner
 from ddpm_core import __version__
 from ddpm_core.checkpoint import WEIGHTS_NAME, sha256_of
 from tests.service.conftest import Service, assert_problem
@@ -32,7 +32,12 @@ def test_health_says_what_is_served(service: Service, model_dir: Path) -> None:
     assert response.json() == {
         "status": "ok", "device": "cpu", "model": "tiny",
         "sha256": sha256_of(model_dir / "unet" / WEIGHTS_NAME),
-        "engine": {"slots": 0, "slots_limit": 1024}, "version": __version__,
+        "engine": {
+            "slots_running": 0, "slots_waiting": 0, "slots_limit": 1024, "runtime": "onnxruntime",
+            "batch_rows_limit": service.app.state.engine.rows_limit, "exact": True,
+            "exactness": "exact at every batch size",
+        },
+        "version": __version__,
     }  # fmt: skip
     assert all(service.request("GET", path).status_code == 200 for path in PROBES + LIVE)
 
@@ -41,7 +46,7 @@ def test_while_the_model_loads_it_is_alive_but_not_ready(make_service: Callable[
     gate = threading.Event()
     service = make_service(wait=False, model=model_dir)
     # A second engine whose loading is held: the first has started already.
-    held = Engine(lambda: (gate.wait(), Runner(model_dir, "cpu"))[1], queue_slots=8)
+    held = Engine(lambda: (gate.wait(), Runner.load(model_dir, "cpu"))[1], queue_slots=8)
     first, service.app.state.engine = service.app.state.engine, held
     held.start()
     try:
@@ -59,24 +64,19 @@ def test_while_the_model_loads_it_is_alive_but_not_ready(make_service: Callable[
 
 
 def test_draining_refuses_new_work_and_serves_the_accepted(
-    make_service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+    make_service: Callable[..., Service], hold: threading.Event
 ) -> None:
-    service, gate, generate = make_service(), threading.Event(), Runner.generate
-
-    def hold(self: Runner, params: GenerateParams) -> NDArray[np.uint8]:
-        gate.wait(60)
-        return generate(self, params)
-
-    monkeypatch.setattr(Runner, "generate", hold)
+    service = make_service()
     engine: Engine = service.app.state.engine
+    hold.clear()
 
     async def accepted_and_refused() -> list[httpx.Response]:
         accepted = [asyncio.ensure_future(service.client.post("/generate", json={"steps": 1})) for _ in range(2)]
-        while engine.slots() < 2:
+        while engine.scheduler.slots < 2:
             await asyncio.sleep(0.01)
         engine.drain()
         refused = await service.client.post("/generate", json={"steps": 1})
-        gate.set()
+        hold.set()
         return [refused, *(await asyncio.gather(*accepted))]
 
     refused, *accepted = service.run(accepted_and_refused())
@@ -91,7 +91,7 @@ def test_draining_refuses_new_work_and_serves_the_accepted(
 def test_work_that_came_while_it_stopped_is_refused(model_dir: Path) -> None:
     """Stopped while it loads: it never takes work, and its thread ends."""
     gate = threading.Event()
-    engine = Engine(lambda: (gate.wait(60), Runner(model_dir, "cpu"))[1], queue_slots=8)
+    engine = Engine(lambda: (gate.wait(60), Runner.load(model_dir, "cpu"))[1], queue_slots=8)
     engine.start()
     engine.drain()
     gate.set()
@@ -100,31 +100,27 @@ def test_work_that_came_while_it_stopped_is_refused(model_dir: Path) -> None:
         engine.submit(PARAMS)
 
 
-def test_when_the_thread_dies_nobody_waits(model_dir: Path) -> None:
-    """One running, one cancelled, one waiting: each has its answer, and the failure is told."""
+def test_when_the_thread_dies_nobody_waits(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running or waiting: each has its answer, and the failure is told."""
     gate, failures = threading.Event(), list[BaseException]()
-
-    class Dying(Runner):
-        def warm_up(self) -> None:
-            pass
-
-        def generate(self, params: GenerateParams) -> NDArray[np.uint8]:
-            gate.wait(60)
-            raise SystemExit("the device is gone")
-
-    engine = Engine(lambda: Dying(model_dir, "cpu"), queue_slots=8)
+    engine = Engine(lambda: Runner.load(model_dir, "cpu"), queue_slots=8, batch_rows=1)
     engine.on_failure = failures.append
     engine.start()
     while engine.status == "starting":
         time.sleep(0.01)
+
+    def die(self: Runner, rows: object) -> None:
+        gate.wait(60)
+        raise SystemExit("the device is gone")
+
+    monkeypatch.setattr(Runner, "advance", die)
     futures = [engine.submit(dataclasses.replace(PARAMS, request_id=str(i))) for i in range(3)]
-    assert futures[1].cancel()
     gate.set()
-    for future in (futures[0], futures[2]):
+    for future in futures:
         assert isinstance(future.exception(timeout=60), EngineNotReady)
     assert engine.stop(60)
     assert engine.status == "failed"
-    assert engine.slots() == 0
+    assert engine.scheduler.slots == 0
     assert [type(error) for error in failures] == [SystemExit]
     with pytest.raises(EngineNotReady):
         engine.submit(PARAMS)
@@ -140,17 +136,55 @@ def test_a_model_that_cannot_be_loaded_fails_the_engine(make_service: Callable[.
 
 def test_an_error_in_one_request_is_its_own(make_service: Callable[..., Service], monkeypatch) -> None:  # type: ignore[no-untyped-def]
     service = make_service()
-    generate = Runner.generate
+    advance = Runner._advance
 
-    def fail(self: Runner, params):  # type: ignore[no-untyped-def]
-        if params.seeds[0] == 13:
+    def fail(self: Runner, rows: list[Row]) -> None:
+        if any(row.seed == 13 for row in rows):
             raise RuntimeError("secret")
-        return generate(self, params)
+        advance(self, rows)
 
-    monkeypatch.setattr(Runner, "generate", fail)
-    response = service.generate({"seed": 13, "steps": 1})
-    assert response.status_code == 500
-    assert response.headers["content-type"] == "application/problem+json"
+    monkeypatch.setattr(Runner, "_advance", fail)
+    response = service.generate({"seed": 13, "steps": 1}, **{"x-request-id": "thirteen"})
+    assert_problem(response, 500)
     assert "secret" not in response.text
     assert service.generate({"seed": 14, "steps": 1}).status_code == 200
-    assert service.request("GET", "/health").json()["engine"]["slots"] == 0
+    assert service.request("GET", "/health").json()["engine"]["slots_running"] == 0
+
+
+def test_an_encoder_that_fails_ends_one_request(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = images.encode_png
+
+    def fail(pixels: images.Pixels, facts: Mapping[str, object], *, scale: int = 1) -> bytes:
+        if facts.get("seed") == 13:
+            raise OSError("secret")
+        return encode(pixels, facts, scale=scale)
+
+    monkeypatch.setattr(images, "encode_png", fail)
+    response = service.generate({"seed": 13, "steps": 1})
+    assert_problem(response, 500)
+    assert "secret" not in response.text
+    assert service.generate({"seed": 14, "steps": 1}).status_code == 200
+
+
+def test_metrics_are_what_prometheus_reads(service: Service) -> None:
+    assert service.generate({"n": 2, "steps": 3}).status_code == 200
+    assert service.generate({"n": 65}).status_code == 422
+    response = service.request("GET", "/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    found = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+    assert found["ddpm_slots_limit"] == 1024
+    assert found["ddpm_slots_running"] == found["ddpm_slots_waiting"] == 0
+    assert found["ddpm_batch_rows_limit"] == service.app.state.engine.rows_limit
+    assert found["ddpm_step_seconds_count"] >= 3
+    assert found["ddpm_images_total"] >= 2
+    for name in (
+        "ddpm_requests_total", "ddpm_refused_total", "ddpm_batch_rows_sum", "ddpm_padding_rows_total",
+        "ddpm_queue_seconds_sum", "ddpm_wait_seconds_sum", "ddpm_wait_predicted_seconds_sum", "ddpm_wasted_steps_total",
+    ):  # fmt: skip
+        assert name in found
+    openmetrics = service.request("GET", "/metrics", headers={"accept": "application/openmetrics-text"})
+    assert openmetrics.text.endswith("# EOF\n")
