@@ -15,6 +15,7 @@ from PIL import Image
 
 from app.settings import Settings
 from ddpm_core import card, evaluate, train
+from ddpm_core.checkpoint import WEIGHTS_NAME, sha256_of
 from tests.service.test_server import server, wait_until_ready
 
 ROOT = Path(__file__).parent.parent
@@ -39,8 +40,10 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_curl_block_works_against_the_real_service(drawn: Path) -> None:
-    for name in ("seven.png", "any.png", "grid.png", "strip.png"):
+    for name in ("seven.png", "any.png", "grid.png", "strip.png", "sevens.png"):
         assert (drawn / name).read_bytes().startswith(b"\x89PNG")
+    assert (drawn / "linked.png").read_bytes() == (drawn / "seven.png").read_bytes()
+    assert (drawn / "events.txt").read_text().count("event: progress") == 11
     assert len(json.loads((drawn / "images.json").read_text())["images"]) == 3
     with np.load(drawn / "x_t.npz") as arrays:
         assert arrays["x_t"].shape == (1, 1, 28, 28)
@@ -55,8 +58,9 @@ def test_every_python_block_runs_and_draws_the_same_pixels(drawn: Path, tmp_path
     assert np.array_equal(ours, served)
 
 
-def test_the_results_are_the_cards() -> None:
+def test_the_results_and_the_digest_are_the_cards() -> None:
     figures = json.loads((ROOT / "weights" / "mnist" / "card.json").read_text())
+    assert f"mnist@{sha256_of(ROOT / 'weights' / 'mnist' / 'unet' / WEIGHTS_NAME)[:12]}" in README
     assert card.results_table(figures) in README
     assert f"{figures['metrics']['fid_over_floor']['value']:.1f} times what real images reach" in " ".join(
         README.split()

@@ -6,7 +6,7 @@ import bisect
 import itertools
 from collections.abc import Sequence
 
-NEAR_BEST = 1.1  # a batch is large enough where an image costs at most this much more than in the best one
+NEAR_BEST = 1.15  # a batch is large enough where an image costs at most this much more than in the best one
 WEIGHT = 0.05  # of the newest step in the running average
 
 

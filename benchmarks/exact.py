@@ -1,0 +1,141 @@
+"""The price of exactness, and what the network's two runtimes cost.
+
+What: a step of 1, 4 and 64 rows with the calls padded as the engine's self-check finds necessary on this machine,
+against the same step unpadded; the seconds of the self-check; and the network call alone, ONNX Runtime against torch.
+torch's network is checked and priced too, for the machines and models that have no graph.
+How: one process, no HTTP; the two sides take turns (A B, B A, ...), a call of each that is not timed goes before those
+that are, so that no side meets the other's spinning threads; medians. Where nothing is padded both sides are the same,
+and their ratio is the measure's own noise.
+On what: weights/mnist, DDIM steps through the engine's Runner, on the device that `auto` chooses.
+
+    python benchmarks/exact.py [--quick]
+
+Two minutes on two cores, half of one with --quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from app.engine.engine import MOST_ROWS, PINNED_ROWS
+from app.engine.request import GenerateParams
+from app.engine.runner import Runner
+from app.engine.selfcheck import find_exactness
+from benchmarks.machine import MODEL, ROOT, busy_cores, print_json, table
+from ddpm_core.network import TorchNetwork
+
+STEP_ROWS = (1, 4, 64)
+CALL_ROWS = (1, 4, 16, 64)
+TIMED = 4  # calls of a side in a round
+FEWEST, MOST = 5, 60  # rounds; between them as many as the time allows
+
+
+def in_turns(sides: Sequence[tuple[Callable[[], object], Callable[[], object]]], seconds: float) -> list[float]:
+    """Median seconds of each side's call; a side is what prepares its turn, and what is timed."""
+    took: list[list[float]] = [[] for _ in sides]
+    until = time.perf_counter() + seconds
+    for turn in range(MOST):
+        if turn >= FEWEST and time.perf_counter() > until:
+            break
+        for k in range(len(sides))[:: -1 if turn % 2 else 1]:
+            prepare, call = sides[k]
+            prepare()
+            call()
+            for _ in range(TIMED):
+                start = time.perf_counter()
+                call()
+                took[k].append(time.perf_counter() - start)
+    return [statistics.median(of_side) for of_side in took]
+
+
+def step_price(runner: Runner, count: int, multiple: int, seconds: float) -> dict[str, Any]:
+    """Steps of so many rows, padded to a multiple and not."""
+    steps = runner.info.num_train_steps  # so long a chain never ends here, and all its steps cost the same
+    rows = [runner.row(GenerateParams("time", (0,), (None,), "ddim", steps, 0.0, 1.0), 0) for _ in range(count)]
+
+    def step() -> None:
+        for row in rows:
+            row.done %= steps - 1
+        for error in runner.advance(rows).values():
+            raise error
+
+    padded, unpadded = in_turns(
+        [(lambda: runner.pad_to(multiple), step), (lambda: runner.pad_to(1), step)], seconds
+    )  # fmt: skip
+    runner.pad_to(multiple)
+    padding = runner.padding(count)
+    for row in rows:
+        runner.release(row)
+    return {
+        "rows": count, "padded_by": padding, "padded_ms": round(padded * 1000, 3),
+        "unpadded_ms": round(unpadded * 1000, 3), "ratio": round(padded / unpadded, 4),
+    }  # fmt: skip
+
+
+def priced(runner: Runner, seconds: float) -> dict[str, Any]:
+    """The self-check as the engine makes it, and what it leads to."""
+    guided = 2 if runner.info.num_classes else 1
+    start = time.perf_counter()
+    found = find_exactness(runner, max(MOST_ROWS[runner.device.type], guided), PINNED_ROWS[runner.device.type])
+    took = time.perf_counter() - start
+    return {
+        "runtime": runner.info.runtime, "exact": found.exact, "rows_multiple": found.rows_multiple,
+        "checked_rows": found.checked_rows, "how": found.how, "self_check_s": round(took, 2),
+        "steps": [step_price(runner, count, found.rows_multiple, seconds) for count in STEP_ROWS],
+    }  # fmt: skip
+
+
+def calls(runner: Runner, seconds: float) -> list[dict[str, Any]]:
+    """ms a row of the network call alone."""
+    model, device = runner.model, runner.device
+    networks = [model.network(device), TorchNetwork(model.net, device)]
+    classes, found = runner.info.num_classes, []
+    for count in CALL_ROWS:
+        x_t, t = torch.randn(count, *runner.info.image_shape), torch.linspace(1, 900, count)
+        label = torch.arange(count) % classes if classes else None
+        sides = [(lambda: None, lambda network=network: network(x_t, t, label)) for network in networks]  # noqa: B023
+        onnx, plain = (1000 * s / count for s in in_turns(sides, seconds))
+        found.append(
+            {
+                "rows": count, "onnxruntime_ms_per_row": round(onnx, 3), "torch_ms_per_row": round(plain, 3),
+                "ratio": round(plain / onnx, 3),
+            }
+        )  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    seconds = 1.0 if parser.parse_args().quick else 8.0
+
+    busy, threads = busy_cores(), torch.get_num_threads()
+    runner = Runner.load(ROOT / MODEL, "auto")  # leaves this thread one torch thread where torch is not the network
+    checked = [priced(runner, seconds)]
+    torch.set_num_threads(threads)
+    network_calls = []
+    if runner.info.runtime == "onnxruntime":
+        network_calls = calls(runner, seconds)
+        checked.append(
+            priced(Runner(runner.model, runner.device, TorchNetwork(runner.model.net, runner.device)), seconds)
+        )
+
+    header = ["runtime", "found", "self-check s", "rows", "padded by", "padded ms", "unpadded ms", "ratio"]
+    print(table(header, [
+        [of["runtime"], of["how"], of["self_check_s"], *step.values()] for of in checked for step in of["steps"]
+    ]))  # fmt: skip
+    if network_calls:
+        print()
+        print(table(["rows of a call", "ONNX Runtime, ms a row", "torch, ms a row", "torch / ONNX Runtime"],
+                    [list(call.values()) for call in network_calls]))  # fmt: skip
+    print_json("exact", threads=threads, busy_cores_before=busy, exactness=checked, network_calls=network_calls)
+
+
+if __name__ == "__main__":
+    main()
