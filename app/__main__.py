@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from types import FrameType
@@ -12,11 +13,10 @@ from pydantic import ValidationError
 
 from app import logs
 from app.engine.engine import Engine
-from app.main import ONE_PROCESS, create_app
+from app.main import LAST_WORDS_S, ONE_PROCESS, create_app
 from app.settings import Settings
 
 SECOND_SIGNAL_S = 1.0  # signals closer than this are one: shells and supervisors send some twice
-LAST_WORDS_S = 2  # for answers on their way when the drain time is up
 
 
 class Server(uvicorn.Server):
@@ -33,7 +33,7 @@ class Server(uvicorn.Server):
         if self.signalled_at is None:
             self.signalled_at = now
         elif now - self.signalled_at > SECOND_SIGNAL_S:
-            self.should_exit = self.force_exit = True
+            os._exit(1)  # a request, a thread or a lifespan that hangs must not hold it
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: ends the service once nothing accepted is left, or the drain time is up."""

@@ -17,6 +17,7 @@ from app.routes import denoise, generate, health, image_urls, metrics, noise, re
 from app.settings import Settings
 from ddpm_core import __version__
 
+LAST_WORDS_S = 2  # for answers on their way, and for the worker thread, when everything else has ended
 ONE_PROCESS = "one process serves one device, and shares its batches among all requests; for more, start more replicas"
 
 
@@ -34,7 +35,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             raise RuntimeError(f"--workers: {ONE_PROCESS}")
         engine.start()
         yield
-        await run_in_threadpool(engine.stop, settings.drain_s)
+        # One that serves is drained here (under another server than ours); one that drained, failed or loads is not.
+        await run_in_threadpool(engine.stop, settings.drain_s if engine.status == "ok" else LAST_WORDS_S)
 
     app = FastAPI(
         title="DDPM image service",

@@ -15,8 +15,8 @@ RATIO = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4, 10)
 class Slots(Protocol):
     """Who has images."""
 
-    slots: int
     running: int
+    waiting: int
 
 
 class Watched(Protocol):
@@ -62,7 +62,7 @@ class Metrics:
         """Reads the gauges from an engine whenever they are asked for."""
         self.slots_limit.set(engine.queue_slots)
         self.slots_running.set_function(lambda: engine.scheduler.running)
-        self.slots_waiting.set_function(lambda: engine.scheduler.slots - engine.scheduler.running)
+        self.slots_waiting.set_function(lambda: engine.scheduler.waiting)
         self.batch_rows_limit.set_function(lambda: engine.rows_limit)
 
     def completed(self, images: int, waited_s: float, predicted_s: float) -> None:

@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 
-from app.engine.engine import MOST_ROWS, PINNED_ROWS
 from app.engine.request import GenerateParams
 from app.engine.runner import Runner
-from app.engine.selfcheck import find_exactness
+from app.engine.selfcheck import MOST_ROWS, PINNED_ROWS, find_exactness
 from benchmarks.machine import MODEL, ROOT, busy_cores, print_json, table
 from ddpm_core.network import TorchNetwork
 
@@ -80,9 +79,9 @@ def step_price(runner: Runner, count: int, multiple: int, seconds: float) -> dic
 
 def priced(runner: Runner, seconds: float) -> dict[str, Any]:
     """The self-check as the engine makes it, and what it leads to."""
-    guided = 2 if runner.info.num_classes else 1
+    kind = "cpu" if runner.device.type == "cpu" else "accelerator"
     start = time.perf_counter()
-    found = find_exactness(runner, max(MOST_ROWS[runner.device.type], guided), PINNED_ROWS[runner.device.type])
+    found = find_exactness(runner, MOST_ROWS[kind], PINNED_ROWS[kind])
     took = time.perf_counter() - start
     return {
         "runtime": runner.info.runtime, "exact": found.exact, "rows_multiple": found.rows_multiple,

@@ -23,10 +23,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from app.engine.engine import MOST_ROWS, PINNED_ROWS
 from app.engine.runner import Runner
 from app.engine.scheduler import Scheduler
-from app.engine.selfcheck import find_exactness, measure
+from app.engine.selfcheck import prepare
 from app.engine.steptime import StepTime
 from benchmarks.load import percentiles
 from benchmarks.machine import MODEL, ROOT, busy_cores, print_json, table
@@ -68,11 +67,8 @@ class Machine:
 def this_machine() -> Machine:
     """As the engine finds it at its start."""
     runner = Runner.load(ROOT / MODEL, "auto")
-    kind = runner.device.type
-    exactness = find_exactness(runner, MOST_ROWS[kind], PINNED_ROWS[kind])
-    step_time = measure(runner, min(MOST_ROWS[kind], exactness.most_rows))
-    limit = step_time.enough_rows()
-    return Machine(step_time, min(limit + runner.padding(limit), exactness.most_rows), exactness.rows_multiple)
+    exactness, step_time, rows_limit = prepare(runner, exact=True, batch_rows=None)
+    return Machine(step_time, rows_limit, exactness.rows_multiple)
 
 
 def machine_of(curve: str) -> Machine:

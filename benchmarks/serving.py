@@ -63,13 +63,13 @@ class Load:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="all")
-    parser.add_argument("--rates", nargs="+", type=float, help="multiples of plain's capacity (0.5 0.9 2 4)")
+    parser.add_argument("--rates", nargs="+", type=float, help="multiples of plain's capacity (0.5 0.7 2 4)")
     parser.add_argument("--seconds", type=float, help="arrival window of a point (20)")
     parser.add_argument("--timeout", type=float, help="seconds that the client waits for an answer (30)")
     parser.add_argument("--deadline", type=float, default=2.0, help="seconds within which an answer counts (2)")
     parser.add_argument("--quick", action="store_true", help="shows that everything runs; its figures mean little")
     chosen = parser.parse_args()
-    chosen.rates = sorted(chosen.rates or ([0.5, 4.0] if chosen.quick else [0.5, 0.9, 2.0, 4.0]))
+    chosen.rates = sorted(chosen.rates or ([0.5, 4.0] if chosen.quick else [0.5, 0.7, 2.0, 4.0]))
     chosen.seconds = chosen.seconds or (2.0 if chosen.quick else 20.0)
     chosen.timeout = chosen.timeout or (3.0 if chosen.quick else 30.0)
     return chosen

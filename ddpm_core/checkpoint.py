@@ -155,37 +155,33 @@ class Model:
             device: where; torch's network is moved there.
             export: make the graph, and keep it beside the weights, where there is none that fits.
         """
-        if device.type != "cpu" or self.graph is None:
-            return TorchNetwork(self.net, device)
+        if device.type == "cpu" and self.graph is not None:
+            try:
+                return self._from_graph(self.graph, export)
+            except (GraphError, torch.onnx.OnnxExporterError) as error:
+                log.warning("%s %s: torch runs the network, half as fast", self.graph, str(error).splitlines()[0])
+        return TorchNetwork(self.net, device)
+
+    def _from_graph(self, graph: Path, export: bool) -> OnnxNetwork:
+        """Raises GraphError or OnnxExporterError where there is no graph that fits, and none can be made."""
         try:
-            return OnnxNetwork(self.graph.read_bytes(), self.net, self.sha256)
-        except OSError:
-            lack = "is not there"
+            return OnnxNetwork(graph.read_bytes(), self.net, self.sha256)
+        except OSError as error:
+            lack = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         except GraphError as error:
             lack = str(error)
         if not export:
-            log.warning(
-                "%s %s: torch runs the network, half as fast; a start of the service makes it", self.graph, lack
-            )
-            return TorchNetwork(self.net, device)
-        log.warning("%s %s: making it, which takes some seconds", self.graph, lack)
+            raise GraphError(f"{lack}, and only a start of the service makes it")
+        log.warning("%s %s: making it, which takes some seconds", graph, lack)
+        content = export_graph(self.net, self.sha256)
+        network = OnnxNetwork(content, self.net, self.sha256)
         try:
-            content = export_graph(self.net, self.sha256)
-            network = OnnxNetwork(content, self.net, self.sha256)
-        except (torch.onnx.OnnxExporterError, GraphError) as error:
-            log.warning("no graph can be made, torch runs the network, half as fast: %s", str(error).splitlines()[0])
-            return TorchNetwork(self.net, device)
-        try:
-            write_atomically(self.graph, content)
+            write_atomically(graph, content)
         except OSError as error:
-            log.warning("%s cannot be kept, every start makes it again: %s", self.graph, error.strerror)
+            log.warning("%s cannot be kept, every start makes it again: %s", graph, error.strerror)
         return network
 
-    def denoiser(self, device: torch.device) -> Denoiser:
-        """x_0_hat(x_t, t, label)."""
-        return self.denoise_with(self.network(device))
-
-    def denoise_with(self, network: Network) -> Denoiser:
+    def denoiser(self, network: Network) -> Denoiser:
         """x_0_hat(x_t, t, label) from calls of `network`, as this model's configs have it."""
         clip = self.scheduler.clip_sample_range if self.scheduler.clip_sample else None
         return Denoiser(network, self.scheduler.prediction_type, clip, self.null_label)
@@ -268,9 +264,8 @@ def load_model(directory: Path) -> Model:
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{weights_path}: {error}") from error
     net.eval().requires_grad_(False)
-    return Model(
-        directory.resolve().name, sha256_of(weights_path), net, scheduler, schedule, unet_dir / GRAPH_NAME
-    )  # fmt: skip
+    name, sha256 = directory.resolve().name, sha256_of(weights_path)
+    return Model(name, sha256, net, scheduler, schedule, unet_dir / GRAPH_NAME)
 
 
 def _check_shapes(path: Path, net: UNet) -> None:

@@ -138,7 +138,7 @@ def generate(
     for label in labels:
         if label is not None and not 0 <= label < model.config.num_classes:
             raise ValueError(f"label={label} must be 0 .. {model.config.num_classes - 1}")
-    denoiser, plan = model.denoiser(device), model.plan(sampler, steps, eta=eta)
+    denoiser, plan = model.denoiser(model.network(device)), model.plan(sampler, steps, eta=eta)
     like = torch.empty(0, *model.config.image_shape, device=device)
     images = [torch.empty(0, *model.config.image_shape, dtype=torch.uint8)]
     for start in range(0, len(seeds), batch_size):

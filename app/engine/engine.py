@@ -33,7 +33,7 @@ from app.engine.request import (
 )  # fmt: skip
 from app.engine.runner import Row, Runner
 from app.engine.scheduler import Scheduler
-from app.engine.selfcheck import find_exactness, measure
+from app.engine.selfcheck import prepare
 from app.metrics import Metrics
 
 log = logging.getLogger("app.engine")
@@ -41,9 +41,6 @@ log = logging.getLogger("app.engine")
 Status = Literal["starting", "ok", "draining", "failed"]
 Outcome = Literal["completed", "cancelled", "failed", "deadline"]
 Batch = list[tuple[Job, int, Row]]
-
-MOST_ROWS = {"cpu": 32, "cuda": 256}  # of a step; the best number is looked for below
-PINNED_ROWS = {"cpu": 8, "cuda": 64}  # of every call, where rows keep their bits in no other way
 
 
 class Engine:
@@ -108,7 +105,7 @@ class Engine:
             self._jobs[job.id] = job
             self.scheduler.add(job.id, params.flow, params.images)
             if on_progress is not None:
-                self._tell(job, self.scheduler.order().index(job.id), {})
+                self._tell_waiting([job])
             self._changed.notify()
         return job.future
 
@@ -129,8 +126,10 @@ class Engine:
             raise refused("queue_full", EngineBusy(slots, self.queue_slots, max(1, math.ceil(wait_s))))
         needed_s = self._finish_s(*self.scheduler.left_of_new(params.flow, params.images))
         if params.deadline_s is not None and needed_s > params.deadline_s:
-            alone_s = self._finish_s(*Scheduler().left_of_new(params.flow, params.images))
-            raise refused("deadline", DeadlineTooSoon(needed_s, alone_s))
+            alone = Scheduler().left_of_new(params.flow, params.images)
+            alone_s = self.step_time.finish_s(*alone, self.rows_limit, lately=False)
+            if not self.idle or alone_s > params.deadline_s:  # an idle engine may have become faster than it was lately
+                raise refused("deadline", DeadlineTooSoon(needed_s, alone_s))
         return needed_s
 
     def _finish_s(self, row_steps: int, longest: int, rows: int) -> float:
@@ -157,6 +156,7 @@ class Engine:
 
     def stop(self, timeout_s: float) -> bool:
         """Drains for so long, ends what is left with an error, and the thread. Returns whether it ended in time."""
+        until = time.monotonic() + timeout_s
         self.drain()
         with self._changed:
             self._stopping = True
@@ -164,7 +164,7 @@ class Engine:
             self._changed.wait_for(lambda: self.idle, timeout_s)
             for job in list(self._jobs.values()):
                 self._end(job, "failed", EngineNotReady("draining"))
-        self._thread.join(timeout_s)
+        self._thread.join(max(0.0, until - time.monotonic()))
         return not self._thread.is_alive()
 
     # ---- the worker thread
@@ -180,14 +180,7 @@ class Engine:
     def load(self) -> None:
         """Loads the model and finds out how this machine runs it; then the engine is ready."""
         runner = self._make_runner()
-        guided = 2 if runner.info.num_classes else 1  # network rows that the costliest image needs
-        most = self._batch_rows or MOST_ROWS[runner.device.type]
-        exactness = Exactness(False, 1, ())
-        if self._exact:
-            exactness = find_exactness(runner, max(most, guided), PINNED_ROWS[runner.device.type])
-        step_time = measure(runner, min(most, exactness.most_rows))
-        rows_limit = self._batch_rows or step_time.enough_rows()
-        rows_limit = min(rows_limit + runner.padding(rows_limit), exactness.most_rows)
+        exactness, step_time, rows_limit = prepare(runner, self._exact, self._batch_rows)
         with self._changed:
             self._runner, self.info, self.exactness = runner, runner.info, exactness
             self.step_time, self.rows_limit = step_time, rows_limit
@@ -244,11 +237,13 @@ class Engine:
             now = self._clock()
             for job in dict.fromkeys(job for job, _, _ in batch):
                 if not job.future.done():
-                    self._tell(job, 0, previews.get(job, {}))
+                    if job.on_progress is not None:
+                        eta_s = self._finish_s(*self.scheduler.left(job.id))
+                        job.tell(now, 0, eta_s, previews.get(job, {}))
                     if len(job.x) == job.params.slots:
                         self.metrics.completed(job.params.slots, now - job.submitted, job.predicted_s)
                         self._end(job, "completed", job.result(now))
-            self._tell_waiting()
+            self._tell_waiting([job for job in self._jobs.values() if job.wants_news(now)])
 
     def _account(
         self, job: Job, index: int, row: Row, error: Exception | None, x: NDArray[np.float32] | None
@@ -274,7 +269,7 @@ class Engine:
         if isinstance(answer, Result):
             job.future.set_result(answer)
         else:
-            self.metrics.wasted.inc(job.steps)
+            self.metrics.wasted.inc(job.steps_made)
             job.future.set_exception(answer)
         self._changed.notify_all()
 
@@ -289,21 +284,21 @@ class Engine:
                 found.setdefault(job, {})[index] = pixels
         return found
 
-    def _tell(self, job: Job, position: int, previews: dict[int, NDArray[np.uint8]]) -> None:
-        job.tell(self._clock(), position, lambda: self._finish_s(*self.scheduler.left(job.id)), previews)
-
-    def _tell_waiting(self) -> None:
-        now = self._clock()
-        if waiting := [job for job in self._jobs.values() if job.wants_news(now)]:
-            places = {id_: place for place, id_ in enumerate(self.scheduler.order())}
-            for job in waiting:
-                self._tell(job, places[job.id], {})
+    def _tell_waiting(self, jobs: list[Job]) -> None:
+        """Tells clients of requests that have not begun how many go before them."""
+        if not jobs:
+            return
+        now, line, rows = self._clock(), self.scheduler.line(), self.scheduler.rows
+        for job in jobs:
+            position, row_steps = line[job.id]
+            job.tell(now, position, self._finish_s(row_steps, job.params.steps, rows), {})
 
     # ---- the end
 
     def _fail(self, error: BaseException) -> None:
         """The thread is ending: nobody may wait for it."""
-        if not isinstance(error, (ValueError, OSError)):  # these say themselves what is wrong with model or device
+        loading = self.info is None
+        if not (loading and isinstance(error, (ValueError, OSError))):  # these say what is wrong with model or device
             log.critical("the worker thread has died", exc_info=error)
         with self._changed:
             self.status, self.failure = "failed", error

@@ -53,8 +53,8 @@ class Job:
         return math.isnan(self.begun)
 
     @property
-    def steps(self) -> int:
-        """Made by all its images together."""
+    def steps_made(self) -> int:
+        """By all its images together."""
         return sum(row.done for row in self.rows)
 
     def wants_preview(self, row: Row) -> bool:
@@ -66,16 +66,15 @@ class Job:
         """Whether its client waits and has not heard of its place lately."""
         return self.on_progress is not None and self.waits and now - self._told_at >= NEWS_S
 
-    def tell(
-        self, now: float, position: int, eta_s: Callable[[], float], previews: Mapping[int, NDArray[np.uint8]]
-    ) -> None:
+    def tell(self, now: float, position: int, eta_s: float, previews: Mapping[int, NDArray[np.uint8]]) -> None:
         """Tells the client how far the request is, where there is news. A client that cannot hear is no error here."""
-        news = self.steps // self.params.slots, position
+        self._told_at = now
+        news = self.steps_made // self.params.slots, position
         if self.on_progress is None or (news == self._told and not previews):
             return
-        self._told, self._told_at = news, now
+        self._told = news
         try:
-            self.on_progress(Progress(news[0], self.params.steps, position, eta_s(), tuple(sorted(previews.items()))))
+            self.on_progress(Progress(news[0], self.params.steps, position, eta_s, tuple(sorted(previews.items()))))
         except Exception:
             log.exception("progress could not be told", extra={"request_id": self.id})
             self.on_progress = None

@@ -140,7 +140,7 @@ class Exactness:
         if not self.exact:
             return "not exact: on this device the bits of a row depend on the rows beside it"
         if self.rows_multiple == 1:
-            return "exact at every batch size"
+            return f"exact at all {len(self.checked_rows)} batch sizes tried, 1 to {self.most_rows} rows"
         if self.rows_multiple == max(self.checked_rows):
             return f"exact with every call padded to {self.rows_multiple} rows"
         return f"exact with calls padded to a multiple of {self.rows_multiple} rows"

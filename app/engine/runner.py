@@ -72,13 +72,13 @@ class Runner:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # the same at every start
         network = model.network(where, export=True)
         if isinstance(network, OnnxNetwork):
-            torch.set_num_threads(1)  # of this thread: two pools that spin on the same cores wait for each other
+            torch.set_num_threads(1)  # two pools that spin on the same cores wait for each other
         return cls(model, where, network)
 
     def pad_to(self, multiple: int) -> None:
         """From now on network calls have a multiple of so many rows."""
         self.rows_multiple = multiple
-        self._denoiser = self.model.denoise_with(Padded(self._network, multiple))
+        self._denoiser = self.model.denoiser(Padded(self._network, multiple))
 
     @property
     def info(self) -> ModelInfo:
@@ -102,15 +102,15 @@ class Runner:
     def begin(self, row: Row) -> None:
         """Gives an image its place and its first x."""
         self._grow(row.plan)
-        shape = self.model.config.image_shape
-        x = noise(row.seed, 0, shape)[None]
+        x = noise(row.seed, 0, self.model.config.image_shape)[None]
         if row.start is not None:
             x_0 = data.to_unit(torch.from_numpy(row.start.pixels))[None]
             x = q_sample(x_0, x, float(self.model.schedule.alphas_cumprod[row.start.t]))
-        row.slot = self._free.pop()
-        self._x_0_hat[:, row.slot] = 0
-        self._x[:, row.slot] = 0
-        self._x[0, row.slot] = x[0].to(self.device)
+        x, slot = x.to(self.device), self._free[-1]
+        self._x_0_hat[:, slot] = 0
+        self._x[:, slot] = 0
+        self._x[0, slot] = x[0]
+        row.slot = self._free.pop()  # last: what was raised before may be tried again
 
     def _grow(self, plan: SamplingPlan) -> None:
         """Makes room for one more image of this plan."""
@@ -123,8 +123,11 @@ class Runner:
         slots = self._x.shape[1]
         more = max(8, slots) if not self._free else 0
         if more or plan.a.shape[1] > self._x.shape[0] or plan.b.shape[1] > self._x_0_hat.shape[0]:
-            self._x = grown(self._x, plan.a.shape[1], slots + more)
-            self._x_0_hat = grown(self._x_0_hat, plan.b.shape[1], slots + more)
+            x, x_0_hat = (
+                grown(self._x, plan.a.shape[1], slots + more),
+                grown(self._x_0_hat, plan.b.shape[1], slots + more),
+            )
+            self._x, self._x_0_hat = x, x_0_hat  # both or none
             self._free.extend(range(slots + more - 1, slots - 1, -1))
 
     @torch.inference_mode()
@@ -145,12 +148,16 @@ class Runner:
     def advance(self, rows: Sequence[Row]) -> dict[Row, Exception]:
         """One step of every row. Where it raises, halves are tried, so that only those end that must; returns them."""
         try:
-            self._advance(rows)
+            new = self._step(rows)
         except Exception as error:
             if len(rows) == 1:
                 return {rows[0]: error}
             half = len(rows) // 2
             return self.advance(rows[:half]) | self.advance(rows[half:])
+        try:
+            self._write(rows, *new)
+        except Exception as error:  # half of it may be written: no second try
+            return dict.fromkeys(rows, error)
         return {}
 
     def probe(self) -> None:
@@ -162,11 +169,12 @@ class Runner:
             raise error
 
     @torch.inference_mode()
-    def _advance(self, rows: Sequence[Row]) -> None:
+    def _step(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """The rows' next x and x_0_hat histories, (K, B, C, H, W). Changes nothing but what begins."""
         for row in rows:
             if row.slot is None:
                 self.begin(row)
-        slots = torch.tensor([row.slot for row in rows], device=self.device)
+        slots = self._slots(rows)
         history = max(row.plan.a.shape[1] for row in rows), max(row.plan.b.shape[1] for row in rows)
         t, abar, a, b, d = self._coefficients(rows, *history)
         xs = self._x[: history[0], slots]
@@ -174,12 +182,21 @@ class Runner:
         x_0_hat = self._denoiser(xs[0], t, abar, labels, scales)
         x_0_hats = torch.cat([x_0_hat[None], self._x_0_hat[: history[1] - 1, slots]])
         x = step(xs.unbind(), x_0_hats.unbind(), a, b, d, self._fresh_noise(rows))
-        self._x[: history[0], slots] = torch.cat([x[None], xs[:-1]])
-        self._x_0_hat[: history[1], slots] = x_0_hats
+        new = torch.cat([x[None], xs[:-1]])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # an error belongs to its step, and a step's time to it
+        return new, x_0_hats
+
+    @torch.inference_mode()
+    def _write(self, rows: Sequence[Row], xs: Tensor, x_0_hats: Tensor) -> None:
+        slots = self._slots(rows)
+        self._x[: len(xs), slots] = xs
+        self._x_0_hat[: len(x_0_hats), slots] = x_0_hats
         for row in rows:
             row.done += 1
+
+    def _slots(self, rows: Sequence[Row]) -> Tensor:
+        return torch.tensor([row.slot for row in rows], device=self.device)
 
     def _coefficients(self, rows: Sequence[Row], x_history: int, x_0_history: int) -> Sequence[Tensor]:
         """The next plan row of every image: t (B,), alpha_bar (B,), a (B, Ka), b (B, Kb), d (B,), in one transfer."""
@@ -214,12 +231,12 @@ class Runner:
 
     def x(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """The rows' x, (B, C, H, W), copied from the device."""
-        out: NDArray[np.float32] = self._x[0, [row.slot for row in rows]].cpu().numpy()
+        out: NDArray[np.float32] = self._x[0, self._slots(rows)].cpu().numpy()
         return out
 
     def previews(self, rows: Sequence[Row]) -> NDArray[np.uint8]:
         """The rows' latest x_0_hat as pixels, (B, C, H, W), copied from the device."""
-        return to_pixels(self._x_0_hat[0, [row.slot for row in rows]].cpu())
+        return to_pixels(self._x_0_hat[0, self._slots(rows)].cpu())
 
 
 def to_pixels(x: Tensor | NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 PATIENCE = 8
@@ -32,6 +33,15 @@ class _Request:
     def rank(self) -> tuple[int, int]:
         return self.work, self.arrival
 
+    def turns(self, rows: int) -> Iterator[int]:
+        """Its images; of the first two batches those with most steps left first, so that the last steps are full too.
+
+        Not of all: a large request has few images begun when another goes first.
+        """
+        left = iter(self.left)
+        near = sorted(itertools.islice(left, 2 * rows), key=self.left.__getitem__, reverse=True)
+        return itertools.chain(near, left)
+
 
 @dataclasses.dataclass
 class _Flow:
@@ -41,7 +51,7 @@ class _Flow:
     def turns(self, rows: int) -> Iterator[tuple[_Request, int]]:
         """Its images, the request with the least work first."""
         for request in heapq.nsmallest(rows, self.requests.values(), key=lambda request: request.rank):
-            for index in request.left:
+            for index in request.turns(rows):
                 yield request, index
 
 
@@ -53,8 +63,8 @@ class Scheduler:
         self._flows: dict[str, _Flow] = {}  # those that have requests
         self._arrivals = 0
         self._since_oldest = 0
-        self.slots = 0  # images that have steps left
-        self.running = 0  # of these, images that have made one
+        self.running = 0  # images that have made a step and have steps left
+        self.waiting = 0  # images that have made none
 
     def add(self, request_id: str, flow: str, images: Sequence[tuple[int, int]]) -> None:
         """A request enters; images are (network rows of a step, steps), steps >= 1."""
@@ -65,13 +75,19 @@ class Scheduler:
             self._flows[flow] = _Flow(min((other.served for other in self._flows.values()), default=0))
         self._requests[request_id] = self._flows[flow].requests[request_id] = request
         self._arrivals += 1
-        self.slots += len(images)
+        self.waiting += len(images)
+
+    @property
+    def slots(self) -> int:
+        """Images that have steps left."""
+        return self.running + self.waiting
 
     def remove(self, request_id: str) -> None:
         """A request leaves, whatever it has left."""
         request = self._requests.pop(request_id)
-        self.slots -= len(request.left)
-        self.running -= sum(index in request.left for index in request.started)
+        running = sum(index in request.started for index in request.left)
+        self.running -= running
+        self.waiting -= len(request.left) - running
         del self._flows[request.flow].requests[request_id]
         if not self._flows[request.flow].requests:
             del self._flows[request.flow]
@@ -95,11 +111,16 @@ class Scheduler:
                     return True
             return False
 
+        oldest_waits = False
         while free > 0 and turns:
-            if self._since_oldest >= PATIENCE - 1:
+            if self._since_oldest >= PATIENCE - 1 and not oldest_waits:
                 oldest = next(iter(self._requests.values()))
-                take_one((oldest, index) for index in oldest.left)
-                self._since_oldest = 0
+                if take_one((oldest, index) for index in oldest.turns(rows)) or all(
+                    (oldest.id, index) in picked for index in oldest.left
+                ):
+                    self._since_oldest = 0
+                else:
+                    oldest_waits = True  # its two rows do not fit into the one that is left: it begins the next step
                 continue
             name = min(turns, key=lambda name: self._flows[name].served)
             if not take_one(turns[name]):
@@ -112,48 +133,53 @@ class Scheduler:
         request = self._requests[request_id]
         if index not in request.started:
             request.started.add(index)
+            self.waiting -= 1
             self.running += 1
         request.left[index] -= 1
         request.work -= request.cost[index]
         if request.left[index]:
             return False
         del request.left[index]
-        self.slots -= 1
         self.running -= 1
         return True
 
-    def started(self, request_id: str) -> bool:
-        """Whether any image of a request has made a step."""
-        return bool(self._requests[request_id].started)
+    def line(self) -> dict[str, tuple[int, int]]:
+        """The requests by the work they have left: how many go before each, and the row-steps until it ends.
 
-    def order(self) -> list[str]:
-        """The requests by the work they have left, which is about the order they end in."""
-        return [r.id for r in sorted(self._requests.values(), key=lambda request: request.rank)]
+        One pass for all, so it looks away from flows and from the oldest's share.
+        """
+        ordered = sorted(self._requests.values(), key=lambda request: request.rank)
+        sums = itertools.accumulate(request.work for request in ordered)
+        return {
+            request.id: (place, row_steps) for place, (request, row_steps) in enumerate(zip(ordered, sums, strict=True))
+        }
 
     def left(self, request_id: str) -> tuple[int, int, int]:
         """Of a request: the row-steps until it ends, its longest image's steps, and the network rows of a step then."""
         request = self._requests[request_id]
         longest = max(request.left.values(), default=0)
-        return self._ahead(request.flow, request.rank, request.work), longest, self._rows()
+        return self._ahead(request.flow, request.rank, request.work, 0), longest, self.rows
 
     def left_of_new(self, flow: str, images: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
         """The same of a request that would enter now."""
         work = sum(rows * steps for rows, steps in images)
         longest = max(steps for _, steps in images)
-        return self._ahead(flow, (work, self._arrivals), work), longest, self._rows() + sum(r for r, _ in images)
+        return self._ahead(flow, (work, self._arrivals), work, work), longest, self.rows + sum(r for r, _ in images)
 
-    def _ahead(self, flow: str, rank: tuple[int, int], work: int) -> int:
-        """Row-steps until a request of this flow, rank and work ends: its own, and what goes before it or beside it."""
-        everything = sum(request.work for request in self._requests.values())
+    def _ahead(self, flow: str, rank: tuple[int, int], work: int, new: int) -> int:
+        """Row-steps until a request of this flow, rank and work ends: its own, and what goes before it or beside it.
+
+        `new` of them are of a request that is not in yet.
+        """
+        everything = new + sum(request.work for request in self._requests.values())
         mine = self._flows[flow].requests.values() if flow in self._flows else ()
-        if all(request.rank != rank for request in mine):
-            everything += work  # it is not among them yet
         own = work + sum(request.work for request in mine if request.rank < rank)
         others = (sum(r.work for r in other.requests.values()) for name, other in self._flows.items() if name != flow)
         shared = own + sum(min(own, theirs) for theirs in others)
         return min(everything, -(-shared * PATIENCE // (PATIENCE - 1)))
 
-    def _rows(self) -> int:
+    @property
+    def rows(self) -> int:
         """Network rows that a step of all images would have."""
         return sum(request.cost[index] for request in self._requests.values() for index in request.left)
 

@@ -7,35 +7,58 @@ matter, calls are padded to a multiple of rows at which they do not, in the end 
 
 from __future__ import annotations
 
-import math
+import statistics
 import time
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app.engine.request import Exactness, GenerateParams
+from app.engine.request import Exactness, GenerateParams, Start
 from app.engine.runner import Row, Runner
 from app.engine.steptime import StepTime, sizes
 
-ROUNDS = 3  # of timed steps, two of each size; the fastest counts: others may use this machine just now
+MOST_ROWS = {"cpu": 32, "accelerator": 256}  # of a step; the best number is looked for below
+PINNED_ROWS = {"cpu": 8, "accelerator": 64}  # of every call, where rows keep their bits in no other way
+ROUNDS = 7  # of timed steps
 LONGEST_S = 0.25  # a step that takes so long is the last size tried: clients join and leave between steps
 STEPS = 2  # of the chains that are compared: one with noise and history, and the last
 
 
+def prepare(runner: Runner, exact: bool, batch_rows: int | None) -> tuple[Exactness, StepTime, int]:
+    """What an engine has to know before it serves: exactness, the step time, and the network rows of a full step.
+
+    Args:
+        runner: is padded as exactness wants it.
+        exact: whether to look; without it nothing is promised and nothing padded.
+        batch_rows: of a full step; None: as many as the measured step time recommends.
+    """
+    kind = "cpu" if runner.device.type == "cpu" else "accelerator"
+    most = batch_rows or MOST_ROWS[kind]
+    guided = 2 if runner.info.num_classes else 1  # network rows that the costliest image needs
+    exactness = find_exactness(runner, max(most, guided), PINNED_ROWS[kind]) if exact else Exactness(False, 1, ())
+    step_time = measure(runner, min(most, exactness.most_rows))
+    rows = batch_rows or step_time.enough_rows()
+    return exactness, step_time, min(rows + runner.padding(rows), exactness.most_rows)
+
+
 def measure(runner: Runner, most: int) -> StepTime:
-    """Times steps of 1, 2, 4, ... `most` network rows, round after round, as far as a step stays short."""
-    fastest: dict[int, float] = {}
+    """Times steps of 1, 2, 4, ... `most` network rows, round after round, as far as a step stays short.
+
+    Every round sees all sizes, and their medians count: a machine that others use is slow for some rounds, not for some
+    sizes.
+    """
+    took: dict[int, list[float]] = {}
     tried = sizes(most)
     for _ in range(ROUNDS):
         for size in tried:
-            took = min(_one_step_s(runner, size), _one_step_s(runner, size))
-            padded = size + runner.padding(size)
-            fastest[padded] = min(took, fastest.get(padded, math.inf))
-            if took > LONGEST_S:
+            seconds = _one_step_s(runner, size)
+            if seconds > LONGEST_S and (seconds := _one_step_s(runner, size)) > LONGEST_S:
                 tried = [other for other in tried if other <= size]
+            took.setdefault(size + runner.padding(size), []).append(seconds)
+            if size == tried[-1]:
                 break
-    return StepTime(sorted(fastest.items()))
+    return StepTime([(rows, statistics.median(found)) for rows, found in sorted(took.items())])
 
 
 def _one_step_s(runner: Runner, size: int) -> float:
@@ -74,9 +97,9 @@ def find_exactness(runner: Runner, most: int, pin: int) -> Exactness:
 
 def _compared(most: int) -> tuple[int, ...]:
     """Numbers of rows to compare: all where they are few, then some of every magnitude."""
-    powers = [2**k for k in range(4, 17)]
+    powers = [2**k for k in range(5, 17)]
     return tuple(
-        sorted(n for n in {*range(1, 17), *powers, *(3 * p // 2 for p in powers), most - 1, most} if n <= most)
+        sorted(n for n in {*range(1, 33), *powers, *(3 * p // 2 for p in powers), most - 1, most} if 0 < n <= most)
     )
 
 
@@ -85,36 +108,53 @@ def _bits_are_own(runner: Runner, sizes: Sequence[int]) -> bool:
     kinds = [kind for kind in _kinds(runner) if kind.network_rows <= max(sizes)]
     alone = [_run(runner, [_copy(kind)])[0] for kind in kinds]
     for size in sizes:
-        chosen, rows, turn = [], 0, size  # another kind stands first in every size
-        while rows < size - (size > 2):
-            k = turn % len(kinds) if rows + kinds[turn % len(kinds)].network_rows <= size else 0
-            chosen.append(k)
-            rows += kinds[k].network_rows
-            turn += 1
-        batch = [_copy(kinds[k]) for k in chosen]
-        spoiled = [_copy(kinds[0])] if rows < size else []
-        place = size % (len(batch) + 1)
-        found = _run(runner, [*batch[:place], *spoiled, *batch[place:]], spoiled)
-        if spoiled:
-            del found[place]
-        if any(not _same(alone[k], x) for k, x in zip(chosen, found, strict=True)):
-            return False
+        batches: list[tuple[list[int], int | None]] = [
+            (_mixed(kinds, size - 1, first=size), size % 3)
+        ]  # and NaN at another place
+        if size & (size - 1) == 0:
+            batches.append(([0] * size, None))  # of one kind, as one request's images are
+        for chosen, spoiled_at in batches:
+            rows = [_copy(kinds[k]) for k in chosen]
+            spoiled = [] if spoiled_at is None else [_copy(kinds[0])]
+            at = spoiled_at or 0
+            found = _run(runner, [*rows[:at], *spoiled, *rows[at:]], spoiled)
+            del found[min(at, len(rows)) : min(at, len(rows)) + len(spoiled)]
+            if any(not _same(alone[k], x) for k, x in zip(chosen, found, strict=True)):
+                return False
     return True
 
 
+def _mixed(kinds: Sequence[Row], network_rows: int, first: int) -> list[int]:
+    """Kinds in turn that have so many network rows together."""
+    chosen: list[int] = []
+    rows = 0
+    while rows < network_rows:
+        k = (first + len(chosen)) % len(kinds)
+        if rows + kinds[k].network_rows > network_rows:
+            k = 0  # the cheapest
+        chosen.append(k)
+        rows += kinds[k].network_rows
+    return chosen
+
+
 def _kinds(runner: Runner) -> list[Row]:
-    """Images that differ in all that rows can differ in; the first is the cheapest."""
-    steps, classes = min(STEPS, runner.info.num_train_steps), runner.info.num_classes
+    """Images that differ in all that rows can differ in, timesteps too; the first is the cheapest."""
+    info = runner.info
+    steps, last = min(STEPS, info.num_train_steps), info.num_train_steps - 1
+    grey = np.full(info.image_shape, 96, np.uint8)
     how = [
-        ("dpmpp_2m", 0.0, 1.0),
-        ("ddpm", 0.0, 1.0),
-        ("ddim", 0.7, 1.0),
-        *([("dpmpp_2m", 0.0, 2.5), ("ddpm", 0.0, 4.0)] if classes else []),
+        ("dpmpp_2m", 0.0, 1.0, None),
+        ("ddpm", 0.0, 1.0, last * 3 // 4),
+        ("ddim", 0.7, 1.0, last // 2),
+        *([("dpmpp_2m", 0.0, 2.5, last // 4), ("ddpm", 0.0, 4.0, last // 8)] if info.num_classes else []),
     ]
-    return [
-        runner.row(GenerateParams("check", (seed,), (seed % classes if classes else None,), name, steps, eta, scale), 0)
-        for seed, (name, eta, scale) in enumerate(how)
-    ]
+    kinds = []
+    for seed, (sampler, eta, scale, t) in enumerate(how):
+        start = None if t is None else Start(grey, max(t, steps - 1))
+        label = seed % info.num_classes if info.num_classes else None
+        params = GenerateParams("check", (seed,), (label,), sampler, steps, eta, scale, start=start)
+        kinds.append(runner.row(params, 0))
+    return kinds
 
 
 def _copy(row: Row) -> Row:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 NEAR_BEST = 1.15  # a batch is large enough where an image costs at most this much more than in the best one
 WEIGHT = 0.05  # of the newest step in the running average
+MOST_SLOWDOWN = 4.0  # that one step may tell of
 
 
 class StepTime:
@@ -35,18 +36,21 @@ class StepTime:
         return s1 if r1 == r0 else s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A step was made."""
-        self._scale += WEIGHT * (seconds / self._measured(rows) - self._scale)
+        """A step was made. One that took absurdly long, as in a frozen machine, says little about the next."""
+        self._scale += WEIGHT * (min(seconds / self._measured(rows), MOST_SLOWDOWN) - self._scale)
 
     def enough_rows(self) -> int:
         """The smallest measured batch in which an image costs nearly as little as in the best one."""
         best = min(seconds / rows for rows, seconds in self.points)
         return next(rows for rows, seconds in self.points if seconds / rows <= NEAR_BEST * best)
 
-    def finish_s(self, row_steps: int, longest: int, rows: int, limit: int) -> float:
-        """Seconds of so much work in batches of at most `limit` rows, of which one image takes `longest` steps."""
+    def finish_s(self, row_steps: int, longest: int, rows: int, limit: int, *, lately: bool = True) -> float:
+        """Seconds of so much work in batches of at most `limit` rows, of which one image takes `longest` steps.
+
+        As fast as the machine has been lately, or as it was when it was measured.
+        """
         batch = max(1, min(rows, limit))
-        return max(row_steps / batch, longest) * self.seconds(batch)
+        return max(row_steps / batch, longest) * (self.seconds(batch) if lately else self._measured(batch))
 
 
 def sizes(most: int) -> list[int]:

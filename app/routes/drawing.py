@@ -47,7 +47,7 @@ def to_params(
         raise errors.Invalid.field("steps", str(error).removeprefix("steps=")) from None
     seed = random_seed(body.n) if body.seed is None else body.seed
     return GenerateParams(
-        request_id, tuple(range(seed, seed + body.n)), labels, sampler, steps, body.eta, body.guidance_scale,
+        request_id, tuple(range(seed, seed + body.n)), labels, sampler, steps, body.eta + 0.0, body.guidance_scale,
         start=start, previews=body.previews or 0,
         deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000,
     )  # fmt: skip
@@ -59,6 +59,8 @@ def submit(engine: Engine, params: GenerateParams, on_progress: OnProgress | Non
         return engine.submit(params, on_progress)
     except engine_request.EngineError as error:
         raise to_problem(error, params) from None
+    except ValueError as error:  # of the plan: this model's timesteps do not allow what the sampler does elsewhere
+        raise errors.Invalid.field("steps", str(error)) from None
 
 
 def to_problem(error: BaseException, params: GenerateParams) -> errors.Problem:
@@ -70,11 +72,12 @@ def to_problem(error: BaseException, params: GenerateParams) -> errors.Problem:
                 headers={"Retry-After": str(error.retry_after_s)},
             )
         case engine_request.DeadlineTooSoon():
-            late_s = error.needed_s - (params.deadline_s or 0)
-            mend = "try again later, or allow more" if error.alone_s < (params.deadline_s or 0) else "allow more"
+            deadline_s = params.deadline_s or 0.0
+            if error.alone_s > deadline_s:
+                return errors.Invalid.field("deadline_ms", f"{error}; allow more, or ask for fewer images or steps")
             return errors.DeadlineTooSoon(
-                f"deadline_ms cannot be met: {error}; {mend}, or ask for fewer images or steps",
-                headers={"Retry-After": str(max(1, math.ceil(late_s)))},
+                f"deadline_ms cannot be met: {error}; try again later, or allow more",
+                headers={"Retry-After": str(max(1, math.ceil(error.needed_s - deadline_s)))},
             )
         case engine_request.DeadlinePassed():
             return errors.DeadlinePassed("deadline_ms passed before the images were done: allow more, or ask for less")

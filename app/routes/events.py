@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 
@@ -18,9 +19,11 @@ from app.engine.request import EngineError, Progress, Result
 from app.routes.common import b64
 from app.schemas import Preview, ProblemBody, ProgressEvent
 
+log = logging.getLogger("app")
+
 EVENTS = "text/event-stream"
 KEEP_ALIVE_S = 15.0
-BACKLOG = 64  # events that a slow reader may be behind; older ones are dropped
+BACKLOG_BYTES = 2**22  # of events that a slow reader is behind; older ones are dropped
 
 
 class _Stream(EventSourceResponse):
@@ -58,40 +61,47 @@ def event_stream(
         headers: of the response.
     """
     loop = asyncio.get_running_loop()
-    news: collections.deque[Progress] = collections.deque(maxlen=BACKLOG)
+    news: collections.deque[Progress | None] = collections.deque()  # None: that was all
     changed = asyncio.Event()
 
-    def tell(progress: Progress) -> None:
+    def tell(progress: Progress | None) -> None:
         def note() -> None:
             news.append(progress)
+            while len(news) > 2 and sum(_bytes(old) for old in news) > BACKLOG_BYTES:
+                news.popleft()
             changed.set()
 
         loop.call_soon_threadsafe(note)
 
     future = submit(tell)
-    future.add_done_callback(lambda _: loop.call_soon_threadsafe(changed.set))
+    future.add_done_callback(lambda _: tell(None))  # in its turn: after all that was told
 
     async def events() -> AsyncIterator[bytes]:
-        while True:
-            over = future.done()
+        over = False
+        while not over:
             changed.clear()
             while news:
                 progress = news.popleft()
+                if over := progress is None:
+                    break
                 yield _event("progress", await run_in_threadpool(_progress, progress, scale))
-            if over:
-                break
-            try:
-                await asyncio.wait_for(changed.wait(), KEEP_ALIVE_S)
-            except TimeoutError:
-                yield KEEPALIVE_COMMENT
+            else:
+                try:
+                    await asyncio.wait_for(changed.wait(), KEEP_ALIVE_S)
+                except TimeoutError:
+                    yield KEEPALIVE_COMMENT
         try:
-            yield format_sse_event(
-                event="completed", data_str=(await run_in_threadpool(lambda: encode(future.result()))).decode()
-            )
+            result = await run_in_threadpool(lambda: encode(future.result()))
+            yield format_sse_event(event="completed", data_str=result.decode())
         except EngineError as error:
             problem = to_problem(error)
-            content = errors.body(request_id, problem.status, problem.slug, problem.detail, problem.errors)
-            yield _event("error", ProblemBody.model_validate(content))
+        except Exception:
+            log.exception("the images could not be encoded")
+            problem = errors.Problem("an unexpected error; the server's log has it by request id")
+        else:
+            return
+        content = errors.body(request_id, problem.status, problem.slug, problem.detail, problem.errors)
+        yield _event("error", ProblemBody.model_validate(content))
 
     def end() -> None:
         if not future.done():
@@ -102,6 +112,11 @@ def event_stream(
 
 def _event(name: str, data: BaseModel) -> bytes:
     return format_sse_event(event=name, data_str=data.model_dump_json(exclude_none=True))
+
+
+def _bytes(progress: Progress | None) -> int:
+    """About what an event that waits holds."""
+    return 1024 + sum(pixels.nbytes for _, pixels in progress.previews) if progress else 0
 
 
 def _progress(progress: Progress, scale: int) -> ProgressEvent:

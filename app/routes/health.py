@@ -20,7 +20,7 @@ def _health(engine: Engine) -> Health:
         sha256=info.sha256 if info else None,
         engine=EngineHealth(
             slots_running=engine.scheduler.running,
-            slots_waiting=engine.scheduler.slots - engine.scheduler.running,
+            slots_waiting=engine.scheduler.waiting,
             slots_limit=engine.queue_slots,
             batch_rows_limit=engine.rows_limit or None,
             runtime=info.runtime if info else None,
@@ -31,6 +31,7 @@ def _health(engine: Engine) -> Health:
     )
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", responses={503: {"model": Health, "description": "starting, draining or failed"}})
 async def health(request: Request, response: Response) -> Health:
     """What is served, on what, and whether it is ready."""
@@ -39,6 +40,7 @@ async def health(request: Request, response: Response) -> Health:
     return _health(engine)
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get(
     "/livez",
     response_class=Response,
@@ -50,6 +52,7 @@ async def live(request: Request) -> Response:
     return Response(status_code=503 if request.app.state.engine.status == "failed" else 200)
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz", response_class=Response, responses={503: {"description": "starting, draining or failed: send no work"}}
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import logging
 import re
 import uuid
 from collections.abc import Callable, Coroutine
@@ -20,6 +21,8 @@ from app.routes.common import PNG, PROBLEM, loaded_model
 from app.routes.drawing import draw, encode_sheet, to_params
 from app.schemas import GenerateRequest, parse_fields
 from ddpm_core import plans
+
+log = logging.getLogger("app")
 
 router = APIRouter(tags=["images"])
 
@@ -43,14 +46,14 @@ class Sharing:
         shared = self._in_flight.get(key)
         if shared is None:
             shared = self._in_flight[key] = _Shared(asyncio.create_task(make()))
-            shared.task.add_done_callback(lambda _: self._in_flight.pop(key, None))
         shared.waiters += 1
         try:
             return await asyncio.shield(shared.task)
         finally:
             shared.waiters -= 1
-            if not shared.waiters and not shared.task.done():
-                self._in_flight.pop(key, None)
+            if not shared.waiters:
+                if self._in_flight.get(key) is shared:
+                    del self._in_flight[key]
                 shared.task.cancel()
 
 
@@ -61,6 +64,9 @@ def _params(
     for name, _ in request.query_params.multi_items():
         if name not in QUERY or len(request.query_params.getlist(name)) > 1:
             raise errors.Invalid.field(name, f"each of {', '.join(QUERY)} may be given, once")
+    for name, value in (("steps", steps), ("seed", seed)):
+        if not (value.isascii() and value.isdigit()):
+            raise errors.Invalid.field(name, f"{value} is not a number of digits alone")
     if sampler not in plans.DEFAULT_STEPS:
         raise errors.Invalid.field("sampler", f"{sampler} is not known; known: {', '.join(plans.DEFAULT_STEPS)}")
     given = {"sampler": sampler, "steps": steps, "seed": seed, **dict(request.query_params)}
@@ -68,6 +74,7 @@ def _params(
     return to_params(fields, info, request.app.state.settings, uuid.uuid4().hex), fields.scale
 
 
+@router.head("/images/{model}/{sampler}-{steps}/{label}/{seed}.png", include_in_schema=False)
 @router.get(
     "/images/{model}/{sampler}-{steps}/{label}/{seed}.png",
     response_class=Response,
@@ -88,7 +95,11 @@ async def image(request: Request, model: str, sampler: str, steps: str, label: s
     engine: Engine = request.app.state.engine
 
     async def make() -> bytes:
-        result = await draw(engine, params)
+        try:
+            result = await draw(engine, params)
+        except errors.Problem:
+            log.warning("the image was not drawn; the engine knew it as request %s", params.request_id)
+            raise
         return await run_in_threadpool(encode_sheet, result, params, info, scale)
 
     key = (dataclasses.replace(params, request_id=""), scale)
@@ -96,7 +107,7 @@ async def image(request: Request, model: str, sampler: str, steps: str, label: s
     etag = f'"{hashlib.sha256(png).hexdigest()[:32]}"'
     pinned = model == info.id and engine.exactness is not None and engine.exactness.exact
     headers = {"ETag": etag, "Cache-Control": FOREVER if pinned else "no-cache", "X-Model": info.id}
-    if _matches(request.headers.get("if-none-match", ""), etag):
+    if _matches(", ".join(request.headers.getlist("if-none-match")), etag):
         return Response(status_code=304, headers=headers)
     return Response(png, media_type=PNG, headers=headers)
 

@@ -110,13 +110,13 @@ def test_a_models_plan_and_denoiser_follow_its_config(saved: Path) -> None:
     plan = model.plan("ddpm", 10)
     assert plan.timesteps.tolist() == [*range(99, 0, -10)]  # trailing
     assert float(plan.d[0] ** 2) == pytest.approx(1 - plan.alpha_bars[0] / plan.alpha_bars[1])  # fixed_large
-    denoiser = model.denoiser(torch.device("cpu"))
+    denoiser = model.denoiser(model.network(torch.device("cpu")))
     assert (denoiser.prediction, denoiser.clip, denoiser.null_label) == ("v_prediction", 0.9, 3)
 
 
 def test_clip_sample_false_clips_nothing(model_dir: Path) -> None:
     edit(model_dir / SCHEDULER_JSON, clip_sample=False)
-    assert load_model(model_dir).denoiser(torch.device("cpu")).clip is None
+    assert load_model(model_dir).denoiser(lambda x_t, t, label: x_t).clip is None
 
 
 def test_notes_and_fields_without_effect_are_accepted(model_dir: Path) -> None:

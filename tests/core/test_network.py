@@ -62,7 +62,7 @@ def test_a_conditional_graph_is_the_network_and_denoiser_uses_it(model_dir: Path
     assert isinstance(network, OnnxNetwork)
     x, t, label = torch.randn(5, 1, 28, 28), torch.tensor([0.0, 10.5, 300.0, 999.0, 1.0]), torch.arange(5) * 2
     torch.testing.assert_close(network(x, t, label), TorchNetwork(model.net, CPU)(x, t, label), rtol=1e-4, atol=1e-4)
-    assert isinstance(model.denoiser(CPU).network, OnnxNetwork)
+    assert isinstance(model.denoiser(model.network(CPU)).network, OnnxNetwork)
 
 
 def test_timesteps_of_a_plan_are_float64_and_mean_the_same(model_dir: Path) -> None:

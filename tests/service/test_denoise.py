@@ -32,7 +32,7 @@ def test_it_is_the_forward_process_and_then_the_chain_from_t(service: Service, m
     x = q_sample(x_0, noise(5, 0, (1, 28, 28))[None], float(model.schedule.alphas_cumprod[400]))
     plan = model.plan("ddim", 4, eta=0.5, start=400)
     assert plan.timesteps[0] == 400
-    *_, last = sample(model.denoiser(torch.device("cpu")), plan, x, [5], labels=torch.tensor([3]))
+    *_, last = sample(model.denoiser(model.network(torch.device("cpu"))), plan, x, [5], labels=torch.tensor([3]))
     response = denoise(service, t=400, seed=5, label=3, sampler="ddim", steps=4, eta=0.5)
     assert response.status_code == 200, response.text
     assert np.array_equal(pixels(response.content), data.to_uint8(last.x)[0, 0].numpy())

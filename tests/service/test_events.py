@@ -7,7 +7,6 @@ import json
 import threading
 from collections.abc import Callable
 
-import httpx
 import pytest
 
 from app.routes import events
@@ -48,14 +47,14 @@ def test_every_step_is_told_and_then_the_images(service: Service) -> None:
 def test_an_error_on_the_way_is_an_event(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     from app.engine.runner import Runner
 
-    advance = Runner._advance
+    advance = Runner._step
 
     def fail(self: Runner, rows):  # type: ignore[no-untyped-def]
         if rows[0].seed == 13 and rows[0].done == 2:
             raise RuntimeError("secret")
-        advance(self, rows)
+        return advance(self, rows)
 
-    monkeypatch.setattr(Runner, "_advance", fail)
+    monkeypatch.setattr(Runner, "_step", fail)
     response = service.generate({"seed": 13, "steps": 5}, **SSE, **{"x-request-id": "thirteen"})
     *progress, (name, problem) = parse(response.text)
     assert name == "error"
@@ -66,7 +65,7 @@ def test_an_error_on_the_way_is_an_event(service: Service, monkeypatch: pytest.M
 
 def test_a_refusal_is_a_problem_and_no_stream(service: Service) -> None:
     assert_problem(service.generate({"label": 10}, **SSE), 422, "label")
-    assert_problem(service.generate({"steps": 1000, "deadline_ms": 1, "n": 64}, **SSE), 429)
+    assert_problem(service.generate({"steps": 1000, "deadline_ms": 1, "n": 64}, **SSE), 422, "deadline_ms")
 
 
 def test_an_idle_stream_is_kept_alive(
@@ -120,9 +119,18 @@ def received(first):  # type: ignore[no-untyped-def]
     return receive
 
 
-def test_a_slow_reader_costs_a_bounded_number_of_events(service: Service) -> None:
-    """What it did not read in time is dropped, the oldest first; the end always comes."""
-    response: httpx.Response = service.generate({"steps": 300}, **SSE)
-    names = [name for name, _ in parse(response.text)]
-    assert names[-1] == "completed"
-    assert 2 <= len(names) <= 302
+def test_an_encoder_that_fails_is_an_event_too(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> bytes:
+        raise OSError("secret")
+
+    monkeypatch.setattr("app.images.encode_png", fail)
+    name, problem = parse(service.generate({"steps": 1}, **SSE).text)[-1]
+    assert (name, problem["status"]) == ("error", 500)
+
+
+def test_what_a_slow_reader_is_behind_is_bounded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest is dropped; the newest and the end always come."""
+    monkeypatch.setattr(events, "BACKLOG_BYTES", 0)
+    *progress, (last, _) = parse(service.generate({"steps": 300}, **SSE).text)
+    assert last == "completed"
+    assert progress[-1][1]["step"] == 300

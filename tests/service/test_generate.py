@@ -18,6 +18,7 @@ from PIL import Image
 from app.engine.engine import Engine
 from app.engine.job import OnProgress
 from app.engine.request import GenerateParams
+from app.engine.steptime import StepTime
 from ddpm_core.checkpoint import load_model
 from ddpm_core.data import to_uint8
 from ddpm_core.noise import MAX_SEED
@@ -39,7 +40,7 @@ def test_the_image_is_the_one_that_the_library_draws(service: Service, model_dir
     model = load_model(model_dir)
     x = draw_noise([5], 0, torch.empty(0, 1, 28, 28))
     plan = model.plan("ddim", 4, eta=0.5)
-    *_, last = sample(model.denoiser(torch.device("cpu")), plan, x, [5], labels=torch.tensor([3]))
+    *_, last = sample(model.denoiser(model.network(torch.device("cpu"))), plan, x, [5], labels=torch.tensor([3]))
     response = service.generate({"seed": 5, "label": 3, "sampler": "ddim", "steps": 4, "eta": 0.5})
     assert np.array_equal(pixels(response.content), to_uint8(last.x)[0, 0].numpy())
 
@@ -283,14 +284,38 @@ def test_a_full_queue_is_429_and_an_id_in_flight_409(
     assert engine.scheduler.slots == 0
 
 
-def test_a_deadline_that_cannot_be_met_is_429_at_once(service: Service) -> None:
+def test_a_deadline_that_can_never_be_met_is_422_at_once(service: Service) -> None:
     """And says how long the request would take."""
     response = service.generate({"steps": 1000, "n": 64, "deadline_ms": 1})
+    problem = assert_problem(response, 422, "deadline_ms")
+    assert "allow more" in problem["detail"]
+    assert "retry-after" not in response.headers
+    assert service.generate({"steps": 2, "deadline_ms": 60_000}).status_code == 200
+
+
+def test_a_deadline_that_cannot_be_met_now_is_429_at_once(
+    make_service: Callable[..., Service], hold: threading.Event
+) -> None:
+    service = make_service()
+    engine: Engine = service.app.state.engine
+    engine.step_time = StepTime([(1, 0.001), (8, 0.004)])
+    hold.clear()
+
+    async def too_many() -> httpx.Response:
+        before = asyncio.ensure_future(service.client.post("/generate", json={"n": 64, "steps": 100}))
+        while not engine.scheduler.slots:
+            await asyncio.sleep(0.01)
+        response = await service.client.post("/generate", json={"n": 64, "steps": 200, "deadline_ms": 7500})
+        before.cancel()
+        while engine.scheduler.slots:
+            await asyncio.sleep(0.01)
+        return response
+
+    response = service.run(too_many())
     problem = assert_problem(response, 429)
     assert problem["type"] == "urn:ddpm:problem:deadline-too-soon"
-    assert "allow more" in problem["detail"]
+    assert "try again later" in problem["detail"]
     assert int(response.headers["retry-after"]) >= 1
-    assert service.generate({"steps": 2, "deadline_ms": 60_000}).status_code == 200
 
 
 def test_a_deadline_that_passes_is_504(

@@ -10,6 +10,8 @@ import httpx
 import pytest
 
 from app.engine.engine import Engine
+from app.engine.runner import Runner
+from app.routes.image_urls import Sharing
 from tests.service.conftest import Service, assert_problem
 
 
@@ -43,7 +45,58 @@ def test_what_never_changes_says_so_and_what_may_is_asked_again(service: Service
         again = service.request("GET", url(service), headers={"if-none-match": sent})
         assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
     assert service.request("GET", url(service), headers={"if-none-match": '"other"'}).status_code == 200
+    two = [("if-none-match", '"other"'), ("if-none-match", etag)]
+    assert service.request("GET", url(service), headers=two).status_code == 304
+    assert service.request("HEAD", url(service)).headers["etag"] == etag
     assert service.request("GET", url(service, "dpmpp_2m-3/7/6.png")).headers["etag"] != etag
+
+
+def test_a_negative_zero_is_zero(service: Service) -> None:
+    plus, minus = (service.request("GET", url(service, f"ddim-3/7/5.png?eta={eta}")) for eta in ("0", "-0.0"))
+    assert plus.content == minus.content
+
+
+def test_a_failure_is_found_in_the_log_by_the_clients_id(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: Runner, rows: object) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(Runner, "_step", fail)
+    monkeypatch.setattr(Runner, "probe", lambda self: None)
+    response = service.request("GET", url(service, "ddim-3/7/77.png"), headers={"x-request-id": "mine"})
+    assert assert_problem(response, 500)["instance"] == "/requests/mine"
+    known_as = [r.args[0] for r in caplog.records if "the engine knew it as" in r.msg and r.args]
+    assert known_as == [r.request_id for r in caplog.records if "a step of image" in r.msg]
+
+
+def test_whoever_comes_while_the_last_waiter_leaves_starts_anew(service: Service) -> None:
+    """The computation that is being cancelled is not theirs, and its end does not hide theirs from others."""
+    sharing = Sharing()
+    made: list[int] = []
+
+    async def make() -> bytes:
+        made.append(len(made))
+        try:
+            await asyncio.sleep(0.05)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.01)
+            raise
+        return b"%d" % made[-1]
+
+    async def run() -> list[bytes]:
+        first = asyncio.create_task(sharing.get("key", make))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.sleep(0)
+        second = asyncio.create_task(sharing.get("key", make))
+        await asyncio.sleep(0.02)
+        third = asyncio.create_task(sharing.get("key", make))
+        return [await second, await third]
+
+    assert service.run(run()) == [b"1", b"1"]
+    assert made == [0, 1]
+    assert not sharing._in_flight
 
 
 def test_an_engine_that_is_not_exact_promises_nothing(make_service: Callable[..., Service]) -> None:
@@ -62,6 +115,8 @@ def test_an_engine_that_is_not_exact_promises_nothing(make_service: Callable[...
         ("ddim-3/10/5.png", 422, "label"),
         ("ddim-3/7/-5.png", 422, "seed"),
         ("ddim-3/7/9007199254740992.png", 422, "seed"),
+        ("ddim-3/7/5_0.png", 422, "seed"),
+        ("ddim-3.0/7/5.png", 422, "steps"),
         ("ddim-3/7/5.png?scale=17", 422, "scale"),
         ("ddim-3/7/5.png?n=2", 422, "n"),
         ("ddim-3/7/5.png?eta=1&eta=0", 422, "eta"),

@@ -136,7 +136,7 @@ def test_the_engine_draws_what_the_library_draws(make_engine: Make, model: Model
         x = torch.stack([noise(seed, 0, (1, 28, 28)) for seed in (5, 6)])
         scale = torch.full((2,), how.get("guidance_scale", 1.0))
         labels = torch.tensor([0, 1])
-        *_, last = sample(model.denoiser(CPU), plan, x, [5, 6], labels=labels, guidance_scale=scale)
+        *_, last = sample(model.denoiser(model.network(CPU)), plan, x, [5, 6], labels=labels, guidance_scale=scale)
         assert last.x.numpy().tobytes() == found.x.tobytes()
 
 
@@ -179,6 +179,46 @@ def test_a_nan_row_ends_its_request_and_no_other(make_engine: Make) -> None:
     assert stepped.alone(n=2, seed=1, labels=(1, 2)).x.tobytes() == expected.tobytes()  # in the slot that held NaN too
 
 
+def test_a_failure_half_way_never_gives_a_wrong_image(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is written a step may be tried again; after that its rows fail."""
+    stepped = make_engine()
+    asked = [{"n": 2, "seed": s, "sampler": "ddpm", "steps": 4} for s in (1, 5, 9)]
+    expected = [stepped.alone(**fields).x.tobytes() for fields in asked]
+    runner, write, begin = stepped.engine._runner, Runner._write, Runner.begin
+    begins: list[int] = []
+
+    def begin_badly(self: Runner, row: Any) -> None:
+        begins.append(row.seed)
+        if len(begins) == 4:
+            raise MemoryError
+        begin(self, row)
+
+    monkeypatch.setattr(Runner, "begin", begin_badly)
+    futures = [stepped.submit(str(i), **fields) for i, fields in enumerate(asked)]
+    stepped.finish()
+    assert [future.result(0).x.tobytes() for future in futures] == expected
+    assert len(begins) == 7
+
+    writes: list[int] = []
+
+    def write_half(self: Runner, rows: Any, xs: Tensor, x_0_hats: Tensor) -> None:
+        writes.append(len(rows))
+        if len(writes) == 2:
+            self._x[: len(xs), self._slots(rows)] = xs
+            raise MemoryError
+        write(self, rows, xs, x_0_hats)
+
+    monkeypatch.setattr(Runner, "_write", write_half)
+    stepped.engine.rows_limit = 4
+    futures = [stepped.submit(str(i), **fields) for i, fields in enumerate(asked)]
+    with torch.inference_mode():
+        stepped.finish()
+    found = [future.exception(0) or future.result().x.tobytes() for future in futures]
+    assert sum(isinstance(answer, EngineError) for answer in found) >= 1
+    assert all(isinstance(a, EngineError) or a == e for a, e in zip(found, expected, strict=True))
+    assert runner is stepped.engine._runner
+
+
 def test_slots_are_used_again(make_engine: Make) -> None:
     """After any end; the device's state grows with what runs at once, not with what has run."""
     stepped = make_engine(Poisoned())
@@ -194,13 +234,15 @@ def test_slots_are_used_again(make_engine: Make) -> None:
     assert (stepped.engine.scheduler.slots, stepped.engine.scheduler.running) == (0, 0)
 
 
-def test_an_engine_that_can_make_no_step_fails_and_tells_everyone(make_engine: Make) -> None:
+def test_an_engine_that_can_make_no_step_fails_and_tells_everyone(
+    make_engine: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     class Broken(Counting):
         broken = False
 
         def __call__(self, *inputs: Any) -> Tensor:
             if self.broken:
-                raise RuntimeError("the device is gone")
+                raise OSError("the device is gone")
             return super().__call__(*inputs)
 
     network = Broken()
@@ -219,6 +261,7 @@ def test_an_engine_that_can_make_no_step_fails_and_tells_everyone(make_engine: M
     assert [str(error) for error in died] == ["the device is gone"]
     with pytest.raises(EngineNotReady, match="failed"):
         stepped.submit("late")
+    assert [r.levelname for r in caplog.records if "worker thread has died" in r.message] == ["CRITICAL"]
 
 
 # ---- cancelled
@@ -292,6 +335,19 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(make_engine: Make) -> 
     assert refused.value.alone_s < 10 * alone_s < refused.value.needed_s
     assert stepped.submit("small", steps=5, deadline_s=10 * alone_s)  # it goes before the others
     assert metric(stepped, "refused_total", reason="deadline") == 2
+
+
+def test_a_slow_spell_does_not_lock_deadlines_out(make_engine: Make) -> None:
+    """What is refused makes no step that could tell that the machine is fast again."""
+    stepped = make_engine()
+    model = stepped.engine.step_time
+    for _ in range(200):
+        model.observe(1, 100 * model.points[0][1])
+    enough_s = 2 * 10 * model.points[0][1]
+    assert 10 * model.seconds(1) > enough_s
+    assert stepped.submit("a", steps=10, deadline_s=enough_s)
+    with pytest.raises(DeadlineTooSoon):
+        stepped.submit("b", steps=10, deadline_s=enough_s)  # not idle any more
 
 
 def test_a_deadline_that_passes_ends_the_request(make_engine: Make) -> None:
@@ -370,7 +426,7 @@ def test_a_waiting_client_hears_of_its_place_now_and_then(make_engine: Make) -> 
     for _ in range(15):
         stepped.clock.now += 0.3
         stepped.engine.tick()
-    assert [p.queue_position for p in told if p.step == 0] == [3, 2, 1, 0]
+    assert [p.queue_position for p in told if p.step == 0] == [3, 2, 1]
     stepped.finish()
     assert (told[-1].step, told[-1].queue_position) == (5, 0)
 

@@ -22,29 +22,32 @@ TINY = 2.0**-20
 class Spoiled(Counting):
     """Adds a trifle that depends on what a row should not know."""
 
-    def __init__(self, trifle: Callable[[Tensor], Tensor | float]) -> None:
+    def __init__(self, trifle: Callable[[Tensor, Tensor], Tensor | float]) -> None:
         super().__init__()
         self.trifle = trifle
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        return super().__call__(x_t, t, label) + TINY * self.trifle(x_t)
+        return super().__call__(x_t, t, label) + TINY * self.trifle(x_t, t)
 
 
-def by_position(x_t: Tensor) -> Tensor:
+def by_position(x_t: Tensor, t: Tensor) -> Tensor:
     return torch.arange(len(x_t))[:, None, None, None]
 
 
 NETWORKS = {
-    "its own": (lambda x_t: 0.0, True, 1),
-    "size": (lambda x_t: len(x_t), True, 8),
-    "size modulo 2": (lambda x_t: len(x_t) % 2, True, 2),
-    "size modulo 4": (lambda x_t: len(x_t) % 4, True, 4),
-    "large sizes": (lambda x_t: len(x_t) > 20, True, 8),
+    "its own": (lambda x, t: 0.0, True, 1),
+    "size": (lambda x, t: len(x), True, 8),
+    "size modulo 2": (lambda x, t: len(x) % 2, True, 2),
+    "size modulo 4": (lambda x, t: len(x) % 4, True, 4),
+    "large sizes": (lambda x, t: len(x) > 20, True, 8),
+    "one size": (lambda x, t: len(x) == 27, True, 2),
     "position": (by_position, False, 1),
-    "neighbours": (lambda x_t: x_t.mean(), False, 1),
-    "the row before": (lambda x_t: x_t.roll(1, 0), False, 1),
-    "NaN beside it": (lambda x_t: float(x_t.isnan().any()), False, 1),
-    "the last row": (lambda x_t: x_t[-1:].mean(), False, 1),
+    "neighbours": (lambda x, t: x.mean(), False, 1),
+    "the row before": (lambda x, t: x.roll(1, 0), False, 1),
+    "NaN beside it": (lambda x, t: float(x.isnan().any()), False, 1),
+    "NaN beside it in a pair": (lambda x, t: float(x.isnan().any() and len(x) == 2), True, 4),
+    "other timesteps beside it": (lambda x, t: float((t != t[0]).any()), False, 1),
+    "the last row": (lambda x, t: x[-1:].mean(), False, 1),
 }
 
 
@@ -60,7 +63,7 @@ def test_what_a_row_depends_on_is_found(model: Model, name: str) -> None:
 
 def test_padding_is_counted_and_done(make_engine: Callable[..., Stepped]) -> None:
     """After the check no call has another size than the ones that were found to be safe."""
-    network = Spoiled(lambda x_t: len(x_t) % 4)
+    network = Spoiled(lambda x, t: len(x) % 4)
     stepped = make_engine(network, exact=True, batch_rows=None)
     assert stepped.engine.exactness == Exactness(True, 4, stepped.engine.exactness.checked_rows)
     network.calls.clear()
@@ -74,7 +77,7 @@ def test_padding_is_counted_and_done(make_engine: Callable[..., Stepped]) -> Non
 
 
 def test_a_pinned_network_sees_one_size_alone(make_engine: Callable[..., Stepped]) -> None:
-    network = Spoiled(lambda x_t: len(x_t))
+    network = Spoiled(lambda x, t: len(x))
     stepped = make_engine(network, exact=True, batch_rows=None)
     assert stepped.engine.rows_limit == 8
     network.calls.clear()

@@ -28,10 +28,18 @@ def test_a_slower_machine_is_noticed_and_a_faster_one_too() -> None:
     model = StepTime(POINTS)
     for _ in range(100):
         model.observe(4, 0.014)
+    assert model.finish_s(10, 10, 1, 8) == pytest.approx(0.06, rel=0.02)
+    assert model.finish_s(10, 10, 1, 8, lately=False) == pytest.approx(0.03)
     assert model.seconds(8) == pytest.approx(0.024, rel=0.02)
     for _ in range(200):
         model.observe(8, 0.006)
     assert model.seconds(4) == pytest.approx(0.0035, rel=0.02)
+
+
+def test_one_frozen_step_says_little_about_the_next() -> None:
+    model = StepTime(POINTS)
+    model.observe(1, 60.0)
+    assert model.seconds(1) < 1.2 * 0.003
 
 
 def test_the_end_of_a_request_is_bound_by_work_or_by_its_longest_chain() -> None:
