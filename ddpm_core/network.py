@@ -19,6 +19,7 @@ from ddpm_core.unet import UNet
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """One call of the raw network: x_t (B, C, H, W), t (B,), label (B,) long or None -> (B, C, H, W)."""
 
+THREADS = torch.get_num_threads()  # as the process began: whoever uses a graph may want torch to have fewer later
 CLOSE = 1e-4  # how far a graph's output may be from torch's, relative to the largest; a right one is 1e-5 away
 
 
@@ -56,7 +57,7 @@ class TorchNetwork:
 
 
 class OnnxNetwork:
-    """The same U-Net as a graph, run by ONNX Runtime on the CPU's torch threads.
+    """The same U-Net as a graph, run by ONNX Runtime on the CPU, with as many threads as torch would have.
 
     Raises:
         GraphError: the graph is damaged, was made of other weights, or does not compute what the network does.
@@ -64,7 +65,7 @@ class OnnxNetwork:
 
     def __init__(self, graph: bytes, net: UNet, weights_sha256: str) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = THREADS
         options.log_severity_level = 3
         try:
             self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -20,7 +21,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.service.conftest import encode, pixels
+from app.settings import Settings
+from tests.service.conftest import Service, encode, pixels
 
 
 @contextmanager
@@ -220,6 +222,24 @@ def test_it_answers_at_once_and_is_ready_after_its_warm_up(model_dir: Path, tmp_
     assert (copy / "unet" / "model.onnx").is_file()
 
 
+def test_a_signal_while_it_loads_ends_it_soon(model_dir: Path, tmp_path: Path) -> None:
+    """Loading cannot be interrupted, but nobody has to wait for it."""
+    copy = tmp_path / "tiny"
+    shutil.copytree(model_dir, copy)
+    (copy / "unet" / "model.onnx").unlink()
+    with server(model=copy) as (process, url):
+        assert httpx.get(f"{url}/health", timeout=60).json()["status"] == "starting"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_a_port_in_use_ends_it_soon(model_dir: Path, running: str) -> None:
+    env = {**os.environ, "DDPM_PORT": running.rpartition(":")[2], "DDPM_MODEL": str(model_dir), "DDPM_DEVICE": "cpu"}
+    done = subprocess.run([sys.executable, "-m", "app"], env=env, capture_output=True, text=True, timeout=30)
+    assert done.returncode not in (0, -signal.SIGKILL)
+    assert "address already in use" in done.stderr
+
+
 def test_draining_keeps_the_door_open_until_accepted_work_is_done(model_dir: Path) -> None:
     """New work gets 503 on a new connection, probes answer, what was accepted is served, and the exit code is 0."""
     with server(model=model_dir) as (process, url), ThreadPoolExecutor(1) as pool:
@@ -278,3 +298,11 @@ def test_more_workers_are_refused_with_the_reason(model_dir: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "app"], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "one process serves one device" in done.stderr
+
+
+def test_a_worker_of_another_server_is_refused_too(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `uvicorn --workers` starts them: processes of one parent."""
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
+    service = Service(Settings(model=model_dir, device="cpu"))
+    with pytest.raises(RuntimeError, match="one process serves one device"):
+        service.start()
