@@ -50,7 +50,10 @@ class _Flow:
 
     def turns(self, rows: int) -> Iterator[tuple[_Request, int]]:
         """Its images, the request with the least work first."""
-        for request in heapq.nsmallest(rows, self.requests.values(), key=lambda request: request.rank):
+        ranks = [(request.rank, request.id) for request in self.requests.values()]
+        heapq.heapify(ranks)  # sorted as far as somebody looks
+        while ranks:
+            request = self.requests[heapq.heappop(ranks)[1]]
             for index in request.turns(rows):
                 yield request, index
 

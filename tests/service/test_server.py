@@ -306,3 +306,5 @@ def test_a_worker_of_another_server_is_refused_too(model_dir: Path, monkeypatch:
     service = Service(Settings(model=model_dir, device="cpu"))
     with pytest.raises(RuntimeError, match="one process serves one device"):
         service.start()
+    service.run(service.client.aclose())
+    service.loop.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.engine.scheduler import PATIENCE, Scheduler
@@ -181,6 +181,7 @@ def test_what_is_predicted_for_a_new_request_is_what_is_left_of_it_once_it_is_in
     assert scheduler.left("c") == predicted
 
 
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(
         st.tuples(
