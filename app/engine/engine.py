@@ -7,7 +7,6 @@ idle engine blocks. Nothing but the worker touches the device.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from app.engine.admission import admit
 from app.engine.job import Job, OnProgress
 from app.engine.request import (
     Cancelled,
@@ -41,6 +41,14 @@ log = logging.getLogger("app.engine")
 Status = Literal["starting", "ok", "draining", "failed"]
 Outcome = Literal["completed", "cancelled", "failed", "deadline"]
 Batch = list[tuple[Job, int, Row]]
+
+
+REFUSED: dict[type[EngineError], str] = {
+    EngineNotReady: "not_ready",
+    DuplicateRequest: "duplicate_id",
+    EngineBusy: "queue_full",
+    DeadlineTooSoon: "deadline",
+}
 
 
 class Engine:
@@ -111,26 +119,15 @@ class Engine:
 
     def _admit(self, params: GenerateParams) -> float:
         """Refuses, or predicts the seconds until the request ends."""
-
-        def refused(reason: str, error: EngineError) -> EngineError:
-            self.metrics.refused.labels(reason).inc()
-            return error
-
-        if self.status != "ok":
-            raise refused("not_ready", EngineNotReady(self.status))
-        if params.request_id in self._jobs:
-            raise refused("duplicate_id", DuplicateRequest(params.request_id))
-        slots = self.scheduler.slots
-        if (missing := slots + params.slots - self.queue_slots) > 0:
-            wait_s = self._finish_s(self.scheduler.work_until_free(missing), 0, self.rows_limit)
-            raise refused("queue_full", EngineBusy(slots, self.queue_slots, max(1, math.ceil(wait_s))))
-        needed_s = self._finish_s(*self.scheduler.left_of_new(params.flow, params.images))
-        if params.deadline_s is not None and needed_s > params.deadline_s:
-            alone = Scheduler().left_of_new(params.flow, params.images)
-            alone_s = self.step_time.finish_s(*alone, self.rows_limit, lately=False)
-            if not self.idle or alone_s > params.deadline_s:  # an idle engine may have become faster than it was lately
-                raise refused("deadline", DeadlineTooSoon(needed_s, alone_s))
-        return needed_s
+        try:
+            if self.status != "ok":
+                raise EngineNotReady(self.status)
+            if params.request_id in self._jobs:
+                raise DuplicateRequest(params.request_id)
+            return admit(params, self.scheduler, self.step_time, self.rows_limit, self.queue_slots)
+        except EngineError as error:
+            self.metrics.refused.labels(REFUSED[type(error)]).inc()
+            raise
 
     def _finish_s(self, row_steps: int, longest: int, rows: int) -> float:
         return self.step_time.finish_s(row_steps, longest, rows, self.rows_limit)
@@ -273,8 +270,6 @@ class Engine:
             job.future.set_exception(answer)
         self._changed.notify_all()
 
-    # ---- progress
-
     def _previews(self, batch: Batch) -> dict[Job, dict[int, NDArray[np.uint8]]]:
         """x_0_hat as pixels, by request and image, where a client wants to see it after this step."""
         due = [(job, index, row) for job, index, row in batch if job.wants_preview(row)]
@@ -292,8 +287,6 @@ class Engine:
         for job in jobs:
             position, row_steps = line[job.id]
             job.tell(now, position, self._finish_s(row_steps, job.params.steps, rows), {})
-
-    # ---- the end
 
     def _fail(self, error: BaseException) -> None:
         """The thread is ending: nobody may wait for it."""
