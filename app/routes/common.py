@@ -35,6 +35,7 @@ def loaded_model(request: Request) -> ModelInfo:
     engine = request.app.state.engine
     info: ModelInfo | None = engine.info
     if info is None or engine.status != "ok":
+        engine.metrics.refused.labels("not_ready").inc()
         raise unavailable(engine.status)
     return info
 

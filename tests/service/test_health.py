@@ -83,6 +83,7 @@ def test_draining_refuses_new_work_and_serves_the_accepted(
     refused, *accepted = service.run(accepted_and_refused())
     problem = assert_problem(refused, 503)
     assert "shutting down" in problem["detail"]
+    assert engine.metrics.registry.get_sample_value("ddpm_refused_total", {"reason": "not_ready"}) == 1
     assert [response.status_code for response in accepted] == [200, 200]
     assert service.request("GET", "/health").json()["status"] == "draining"
     assert service.request("GET", "/readyz").status_code == 503
