@@ -32,6 +32,7 @@ from ddpm_core.network import TorchNetwork
 STEP_ROWS = (1, 4, 64)
 CALL_ROWS = (1, 4, 16, 64)
 TIMED = 4  # calls of a side in a round
+POOL_ROWS = (1, 2, 4, 8)
 FEWEST, MOST = 5, 60  # rounds; between them as many as the time allows
 
 
@@ -53,8 +54,10 @@ def in_turns(sides: Sequence[tuple[Callable[[], object], Callable[[], object]]],
     return [statistics.median(of_side) for of_side in took]
 
 
-def step_price(runner: Runner, count: int, multiple: int, seconds: float) -> dict[str, Any]:
-    """Steps of so many rows, padded to a multiple and not."""
+def step_in_turns(
+    runner: Runner, count: int, a: Callable[[], object], b: Callable[[], object], seconds: float
+) -> list[float]:
+    """Median seconds of a step of so many rows after a() and after b()."""
     steps = runner.info.num_train_steps  # so long a chain never ends here, and all its steps cost the same
     rows = [runner.row(GenerateParams("time", (0,), (None,), "ddim", steps, 0.0, 1.0), 0) for _ in range(count)]
 
@@ -64,13 +67,29 @@ def step_price(runner: Runner, count: int, multiple: int, seconds: float) -> dic
         for error in runner.advance(rows).values():
             raise error
 
-    padded, unpadded = in_turns(
-        [(lambda: runner.pad_to(multiple), step), (lambda: runner.pad_to(1), step)], seconds
+    medians = in_turns([(a, step), (b, step)], seconds)
+    for row in rows:
+        runner.release(row)
+    return medians
+
+
+def threads_price(runner: Runner, count: int, threads: int, seconds: float) -> dict[str, Any]:
+    """Steps of so many rows with one torch thread beside ONNX Runtime's, as the engine has it, and with all."""
+    one, all_of_them = step_in_turns(
+        runner, count, lambda: torch.set_num_threads(1), lambda: torch.set_num_threads(threads), seconds
+    )
+    torch.set_num_threads(1)
+    return {"rows": count, "one_ms": round(one * 1000, 3), "all_ms": round(all_of_them * 1000, 3),
+            "ratio": round(all_of_them / one, 3)}  # fmt: skip
+
+
+def step_price(runner: Runner, count: int, multiple: int, seconds: float) -> dict[str, Any]:
+    """Steps of so many rows, padded to a multiple and not."""
+    padded, unpadded = step_in_turns(
+        runner, count, lambda: runner.pad_to(multiple), lambda: runner.pad_to(1), seconds
     )  # fmt: skip
     runner.pad_to(multiple)
     padding = runner.padding(count)
-    for row in rows:
-        runner.release(row)
     return {
         "rows": count, "padded_by": padding, "padded_ms": round(padded * 1000, 3),
         "unpadded_ms": round(unpadded * 1000, 3), "ratio": round(padded / unpadded, 4),
@@ -117,6 +136,9 @@ def main() -> None:
     busy, threads = busy_cores(), torch.get_num_threads()
     runner = Runner.load(ROOT / MODEL, "auto")  # leaves this thread one torch thread where torch is not the network
     checked = [priced(runner, seconds)]
+    pools = []
+    if runner.info.runtime == "onnxruntime":
+        pools = [threads_price(runner, count, threads, seconds) for count in POOL_ROWS]
     torch.set_num_threads(threads)
     network_calls = []
     if runner.info.runtime == "onnxruntime":
@@ -133,7 +155,17 @@ def main() -> None:
         print()
         print(table(["rows of a call", "ONNX Runtime, ms a row", "torch, ms a row", "torch / ONNX Runtime"],
                     [list(call.values()) for call in network_calls]))  # fmt: skip
-    print_json("exact", threads=threads, busy_cores_before=busy, exactness=checked, network_calls=network_calls)
+        print()
+        print(table(["rows of a step", "one torch thread, ms", f"{threads} torch threads, ms", "ratio"],
+                    [list(pool.values()) for pool in pools]))  # fmt: skip
+    print_json(
+        "exact",
+        torch_threads=pools,
+        threads=threads,
+        busy_cores_before=busy,
+        exactness=checked,
+        network_calls=network_calls,
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import heapq
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from app.engine.scheduler import Image, Scheduler, _Request
+from app.engine.scheduler import PATIENCE, Image, Scheduler, _Request
+from app.engine.steptime import StepTime
 
 
 def fill(rows: int, images: Iterable[tuple[_Request, int]]) -> list[Image]:
@@ -80,3 +81,39 @@ class WholeRequests(Scheduler):
                     break
                 self._taken.append(request)
         return fill(rows, images_of(self._taken))
+
+
+class WhereItPays(Scheduler):
+    """The least work first, but a step is filled only as far as that pays by what a row costs.
+
+    A row more delays the requests that are in the step already, and spares those behind what it would cost later.
+    """
+
+    PRESSURE = 4  # how much more the time of those behind counts: others will come
+
+    def __init__(self, step_time: StepTime) -> None:
+        super().__init__()
+        self._step_time = step_time
+        self._steps = 0
+
+    def next(self, rows: int) -> list[Image]:
+        self._steps += 1
+        later_s = self._step_time.seconds(rows) / rows  # of a row in a full step
+        requests = sorted(self._requests.values(), key=lambda request: request.rank)
+        picked: list[Image] = []
+        for place, (request, index) in self._placed(requests):
+            used = len(picked)
+            added_s = self._step_time.seconds(used + 1) - (self._step_time.seconds(used) if used else 0.0)
+            saved_s = (len(requests) - place) * (later_s - added_s)
+            if used == rows or (place and place * added_s > self.PRESSURE * saved_s):
+                break
+            picked.append((request.id, index))
+        if self._steps % PATIENCE == 0 and requests:  # as in the shipped policy the oldest has its share
+            oldest = next(iter(self._requests.values()))
+            others = [(oldest.id, index) for index in oldest.left if (oldest.id, index) not in picked]
+            picked = [*picked[: rows - 1], *others[:1]] if others else picked
+        return picked
+
+    def _placed(self, requests: list[_Request]) -> Iterator[tuple[int, tuple[_Request, int]]]:
+        """Images with the number of requests that stand before theirs."""
+        return ((place, image) for place, request in enumerate(requests) for image in images_of([request]))

@@ -1,4 +1,4 @@
-"""The shipped scheduling policy against four others, in simulated time.
+"""The shipped scheduling policy against five others, in simulated time.
 
 What: what clients wait for (from arrival to the last step) by kind of request, the share done within 2 s, and images a
 second, at loads below and above what the machine can do.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from app.engine.runner import Runner
@@ -29,7 +29,7 @@ from app.engine.selfcheck import prepare
 from app.engine.steptime import StepTime
 from benchmarks.load import percentiles
 from benchmarks.machine import MODEL, ROOT, busy_cores, print_json, table
-from benchmarks.policies import FirstComeFirstServed, RoundRobin, ShortestFirst, WholeRequests
+from benchmarks.policies import FirstComeFirstServed, RoundRobin, ShortestFirst, WhereItPays, WholeRequests
 from benchmarks.workload import Arrival, Kind, Mix, arrivals, mean_work
 
 ONE, SHEET, LONG = Kind(1, 10), Kind(64, 10), Kind(1, 100)
@@ -38,12 +38,13 @@ LOADS = (0.5, 0.8, 0.95, 1.3)
 SLOTS = 1024
 SOON_S = 2.0
 SEED = 20_261_123
-POLICIES: dict[str, type[Scheduler]] = {
-    "shipped": Scheduler,
-    "shortest first": ShortestFirst,
-    "first come first served": FirstComeFirstServed,
-    "round robin": RoundRobin,
-    "whole requests": WholeRequests,
+POLICIES: dict[str, Callable[[StepTime], Scheduler]] = {
+    "shipped": lambda step_time: Scheduler(),
+    "shortest first": lambda step_time: ShortestFirst(),
+    "filled where it pays": WhereItPays,
+    "first come first served": lambda step_time: FirstComeFirstServed(),
+    "round robin": lambda step_time: RoundRobin(),
+    "whole requests": lambda step_time: WholeRequests(),
 }
 
 
@@ -127,7 +128,7 @@ def main() -> None:
     for load in LOADS:
         requests = arrivals(MIX, load * rate, 400 if chosen.quick else 4000, SEED)
         for name, policy in POLICIES.items():
-            points.append({"load": load, "policy": name, **simulate(policy(), machine, requests)})
+            points.append({"load": load, "policy": name, **simulate(policy(machine.step_time), machine, requests)})
 
     curve = {rows: round(1000 * seconds, 3) for rows, seconds in machine.step_time.points}
     print(
