@@ -30,8 +30,8 @@ class GenerateRequest(_Body):
         Field(description="What to draw: one label for all, or a list of n with nulls for unconditional ones."),
     ] = None
     sampler: Annotated[
-        Literal["ddpm", "ddim", "dpmpp_2m", "fast", "balanced", "reference"],
-        Field(description="A sampler, or a preset: fast, balanced, reference."),
+        Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "ipndm", "unipc", "learned", "fast", "balanced", "reference"],
+        Field(description="A sampler, or a preset: fast, balanced, reference. learned: where the model has any."),
     ] = "balanced"
     steps: Annotated[int | None, Field(ge=1, description="Network calls per image; absent: the sampler's own.")] = None
     eta: Annotated[float, Field(ge=0, le=1, description="ddim only: 0 is deterministic, 1 is DDPM.")] = 0.0

@@ -24,12 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ddpm_core import plans, schedules
+from ddpm_core import learned, samplers, schedules
 from ddpm_core.denoiser import Denoiser
 from ddpm_core.diffusion import Prediction
 from ddpm_core.network import GraphError, Network, OnnxNetwork, TorchNetwork, export_graph
-from ddpm_core.plans import SamplingPlan, Spacing, Variance
+from ddpm_core.plans import SamplingPlan, Variance
 from ddpm_core.schedules import NoiseSchedule
+from ddpm_core.spacings import Spacing
 from ddpm_core.unet import UNet, UNetConfig
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,7 @@ class Model:
     scheduler: SchedulerConfig
     schedule: NoiseSchedule
     graph: Path | None = None  # where the network's graph lies, or would; None: the model is not on disk
+    learned: Mapping[int, SamplingPlan] = dataclasses.field(default_factory=dict)  # fitted to it, by steps
 
     @property
     def config(self) -> UNetConfig:
@@ -191,9 +193,10 @@ class Model:
     ) -> SamplingPlan:
         """A sampler's plan on this model's schedule, with the spacing and variance its config asks for."""
         s = self.scheduler
-        return plans.build(
+        return samplers.build(
             self.schedule, sampler, steps,
             eta=eta, start=start, variance=s.variance_type, spacing=s.timestep_spacing, offset=s.steps_offset,
+            learned=self.learned,
         )  # fmt: skip
 
 
@@ -265,7 +268,19 @@ def load_model(directory: Path) -> Model:
         raise CheckpointError(f"{weights_path}: {error}") from error
     net.eval().requires_grad_(False)
     name, sha256 = directory.resolve().name, sha256_of(weights_path)
-    return Model(name, sha256, net, scheduler, schedule, unet_dir / GRAPH_NAME)
+    plans = _learned_plans(directory / learned.PLANS_NAME, sha256)
+    return Model(name, sha256, net, scheduler, schedule, unet_dir / GRAPH_NAME, plans)
+
+
+def _learned_plans(path: Path, sha256: str) -> dict[int, SamplingPlan]:
+    """The learned plans beside the weights; none where they were fitted to others. Raises CheckpointError."""
+    try:
+        return learned.load(path, sha256)
+    except learned.StalePlans as error:
+        log.warning("%s %s: its plans are not offered; fit them anew with `python -m ddpm_core.fit_plans`", path, error)
+        return {}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; delete it, or fit it anew: `python -m ddpm_core.fit_plans`") from error
 
 
 def _check_shapes(path: Path, net: UNet) -> None:

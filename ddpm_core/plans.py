@@ -8,18 +8,26 @@ so a sampler is a list of timesteps and a row of coefficients for each, computed
 plans share one network call and one update, and no sampler keeps state. One row = one network call (NFE).
 
 Every plan ends at the clean image (alpha_bar = 1, d = 0): the last row returns its x_0_hat.
+
+The multistep samplers reuse what earlier calls said. In lambda = log(alpha / sigma), half the log-SNR, the
+probability-flow ODE is solved exactly but for x_0_hat (Lu et al. 2022, arXiv 2211.01095, proposition 4.1),
+
+    x(lambda') = sigma'/sigma x(lambda) + sigma' * integral of e^u x_0_hat(u) du from lambda to lambda'
+
+so such a solver is a choice of polynomial for x_0_hat. (The last row is an infinite step in lambda.)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 from ddpm_core.schedules import Float64Array, NoiseSchedule
 
-Spacing = Literal["leading", "trailing", "linspace"]
 Variance = Literal["fixed_small", "fixed_large"]
 
 
@@ -49,35 +57,16 @@ class SamplingPlan:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-
-def timesteps(num_train_steps: int, steps: int, spacing: Spacing, offset: int = 0) -> Float64Array:
-    """(steps,) strictly decreasing timesteps of 0 .. T-1; table 2 of Lin et al. 2023 (arXiv 2305.08891).
-
-    Args:
-        num_train_steps: T.
-        steps: 1 .. T.
-        spacing: trailing starts at T-1, linspace has both ends, leading starts below T-1 and ends at offset.
-        offset: added to leading timesteps (steps_offset of a scheduler config).
-
-    Raises:
-        ValueError: steps is out of range, or the timesteps leave 0 .. T-1.
-    """
-    if not 1 <= steps <= num_train_steps:
-        raise ValueError(f"steps={steps} must be 1 .. {num_train_steps}")
-    if spacing == "trailing":
-        t = np.round(np.arange(num_train_steps, 0, -num_train_steps / steps))[:steps] - 1
-    elif spacing == "linspace":
-        t = np.linspace(0, num_train_steps - 1, steps).round()[::-1]
-    else:
-        t = (np.arange(steps) * (num_train_steps // steps))[::-1] + offset
-    if t.min() < 0 or t.max() >= num_train_steps:
-        raise ValueError(f"{spacing} timesteps of {steps} steps with offset {offset} leave 0 .. {num_train_steps - 1}")
-    return t.astype(np.float64)
+    @property
+    def sha256(self) -> str:
+        """Of all its numbers: plans that differ anywhere have different ones."""
+        tables = (self.timesteps, self.alpha_bars, self.a, self.b, self.d)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(table).tobytes() for table in tables)).hexdigest()
 
 
 def _alpha_bars(schedule: NoiseSchedule, t: Float64Array) -> tuple[Float64Array, Float64Array]:
     """alpha_bar at each timestep, and where each row goes: at the next timestep, after the last the clean image."""
-    alpha_bars = schedule.alphas_cumprod[t.astype(np.int64)]
+    alpha_bars = schedule.alpha_bar_at(t)
     return alpha_bars, np.append(alpha_bars[1:], 1.0)
 
 
@@ -122,109 +111,142 @@ def ddim(schedule: NoiseSchedule, t: Float64Array, *, eta: float = 0.0) -> Sampl
     return SamplingPlan("ddim", t, abar, a[:, None], _exact_end(b[:, None]), posterior_std)
 
 
-def dpmpp_2m(schedule: NoiseSchedule, t: Float64Array) -> SamplingPlan:
-    """DPM-Solver++(2M) of Lu et al. 2022 (arXiv 2211.01095), algorithm 2: second order, one call a step.
-
-    With lambda = log(alpha / sigma), h = lambda' - lambda and r = h_previous / h, a step is
-    x' = sigma'/sigma x - alpha' (e^-h - 1) D, D = (1 + 1/2r) x_0_hat - 1/2r x_0_hat_previous.
-    The first step has no past and the last an infinite h: both are of first order.
-
-    Args:
-        schedule: the noise schedule.
-        t: (S,) strictly decreasing timesteps.
-    """
-    abar, abar_next = _alpha_bars(schedule, t)
-    with np.errstate(divide="ignore"):  # alpha_bar = 0 is lambda = -inf, and fits the formula
-        lam = 0.5 * np.log(abar / (1 - abar))
-    steps = len(t)
-    a, b = np.zeros((steps, 1)), np.zeros((steps, 2))
-    for i in range(steps - 1):
-        h = lam[i + 1] - lam[i]
-        a[i, 0] = np.sqrt((1 - abar_next[i]) / (1 - abar[i]))
-        weight = -np.sqrt(abar_next[i]) * np.expm1(-h)
-        back = 0.5 * h / (lam[i] - lam[i - 1]) if i else 0.0
-        b[i] = weight * (1 + back), -weight * back
-    b[-1, 0] = 1.0
-    return SamplingPlan("dpmpp_2m", t, abar, a, b, np.zeros(steps))
-
-
 def _exact_end(b: Float64Array) -> Float64Array:
     """The last row's b is 1 in exact arithmetic; here it is 1 in float64 too."""
     b[-1, 0] = 1.0
     return b
 
 
-DEFAULT_STEPS: dict[str, int | None] = {"ddpm": None, "ddim": 20, "dpmpp_2m": 10}
-"""The samplers by name, each with the steps it takes where none are asked for; None: T."""
-
-PRESETS: dict[str, tuple[str, int | None]] = {
-    "fast": ("dpmpp_2m", 5),
-    "balanced": ("dpmpp_2m", 10),
-    "reference": ("ddpm", None),
-}
-"""Names for people: a sampler and its steps."""
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)  # exact to rounding for the smooth integrands here
 
 
-def resolve(sampler: str, steps: int | None, most: int) -> tuple[str, int]:
-    """The sampler behind a sampler's or preset's name, and its steps: those asked for, else its own.
+class _Grid:
+    """alpha, sigma and lambda at each row of a plan."""
 
-    Args:
-        sampler: a key of DEFAULT_STEPS or PRESETS.
-        steps: 1 .. most; None: the sampler's own, as far as there are so many.
-        most: how many steps the chain has: T, or t + 1 where it starts at t.
+    def __init__(self, schedule: NoiseSchedule, t: Float64Array) -> None:
+        self.alpha_bars = schedule.alpha_bar_at(t)
+        self.alpha, self.sigma = np.sqrt(self.alpha_bars), np.sqrt(1 - self.alpha_bars)
+        with np.errstate(divide="ignore"):  # alpha_bar = 0 is lambda = -inf, and fits the formulas
+            self.lam = np.log(self.alpha / self.sigma)
 
-    Raises:
-        ValueError: no such sampler, or steps is out of range.
-    """
-    if sampler in PRESETS:
-        sampler, own_steps = PRESETS[sampler]
-    elif sampler in DEFAULT_STEPS:
-        own_steps = DEFAULT_STEPS[sampler]
-    else:
-        known = ", ".join([*DEFAULT_STEPS, *PRESETS])
-        raise ValueError(f"sampler={sampler!r} is not known; known: {known}")
-    if steps is None:
-        steps = min(own_steps or most, most)
-    if not 1 <= steps <= most:
-        raise ValueError(f"steps={steps} must be 1 .. {most}")
-    return sampler, steps
+    def weights(self, i: int, nodes: Sequence[int]) -> Float64Array:
+        """Of x_0_hat at rows `nodes` in the step from row i to i + 1, where one polynomial goes through them all.
+
+        sigma' * integral of e^u L_k(u) du = alpha' h * integral of e^(-h (1 - tau)) L_k(tau) dtau, tau in 0 .. 1.
+        A node infinitely far back bends nothing; a step from there sees one node alone.
+        """
+        h = self.lam[i + 1] - self.lam[i]
+        if not np.isfinite(h):
+            return np.where(np.arange(len(nodes)) == 0, self.alpha[i + 1], 0.0)
+        near = np.isfinite(self.lam[list(nodes)])
+        where = (self.lam[list(nodes)][near] - self.lam[i]) / h
+        tau = (_NODES + 1) / 2
+        integrand = _WEIGHTS / 2 * np.exp(-h * (1 - tau))
+        found = np.zeros(len(nodes))
+        found[near] = [
+            self.alpha[i + 1] * h * np.sum(integrand * np.prod((tau[:, None] - others) / (node - others), axis=1))
+            for k, node in enumerate(where)
+            for others in [np.delete(where, k)]
+        ]
+        return found
+
+    def plan(self, sampler: str, t: Float64Array, a: Float64Array, b: Float64Array) -> SamplingPlan:
+        """The rows so far and the last one, which returns x_0_hat."""
+        a[-1], b[-1] = 0.0, np.eye(b.shape[1])[0]
+        return SamplingPlan(sampler, t, self.alpha_bars, a, b, np.zeros(len(t)))
 
 
-def build(
-    schedule: NoiseSchedule,
-    sampler: str,
-    steps: int | None = None,
-    *,
-    eta: float = 0.0,
-    start: int | None = None,
-    variance: Variance = "fixed_small",
-    spacing: Spacing = "trailing",
-    offset: int = 0,
-) -> SamplingPlan:
-    """A plan by the name of its sampler or preset.
+def dpmpp_2m(schedule: NoiseSchedule, t: Float64Array) -> SamplingPlan:
+    """DPM-Solver++(2M) of Lu et al. 2022 (arXiv 2211.01095), algorithm 2: second order.
+
+    With h = lambda' - lambda and r = h_previous / h, a step is x' = sigma'/sigma x - alpha' (e^-h - 1) D,
+    D = (1 + 1/2r) x_0_hat - 1/2r x_0_hat_previous: the line through two points, its slope's integral taken by halves.
 
     Args:
         schedule: the noise schedule.
-        sampler: a key of DEFAULT_STEPS or PRESETS.
-        steps: 1 .. T, or 1 .. start + 1; None: the sampler's own.
-        eta: ddim only.
-        start: the timestep that the chain starts at, as an image noised to it does; None: from pure noise.
-            Its timesteps are trailing ones, whatever the spacing: others would not begin there.
-        variance: ddpm only.
-        spacing, offset: of the timesteps; all T of them need neither.
+        t: (S,) strictly decreasing timesteps.
+    """
+    grid = _Grid(schedule, t)
+    a, b = np.zeros((len(t), 1)), np.zeros((len(t), 2))
+    for i in range(len(t) - 1):
+        h = grid.lam[i + 1] - grid.lam[i]
+        back = 0.5 * h / (grid.lam[i] - grid.lam[i - 1]) if i else 0.0
+        a[i, 0] = grid.sigma[i + 1] / grid.sigma[i]
+        b[i] = -grid.alpha[i + 1] * np.expm1(-h) * np.array([1 + back, -back])
+    return grid.plan("dpmpp_2m", t, a, b)
+
+
+def dpmpp_3m(schedule: NoiseSchedule, t: Float64Array) -> SamplingPlan:
+    """DPM-Solver++(3M): the parabola through three points, integrated exactly; third order.
+
+    Args:
+        schedule: the noise schedule.
+        t: (S,) strictly decreasing timesteps.
+    """
+    grid = _Grid(schedule, t)
+    a, b = np.zeros((len(t), 1)), np.zeros((len(t), 3))
+    for i in range(len(t) - 1):
+        nodes = range(i, max(i - 3, -1), -1)
+        a[i, 0] = grid.sigma[i + 1] / grid.sigma[i]
+        b[i, : len(nodes)] = grid.weights(i, nodes)
+    return grid.plan("dpmpp_3m", t, a, b)
+
+
+def unipc(schedule: NoiseSchedule, t: Float64Array, *, order: int = 3) -> SamplingPlan:
+    """UniPC of Zhao et al. 2023 (arXiv 2302.04867): predict, call the network, correct with what it said; order + 1.
+
+    The corrected state is corrected = x[i] + sum_k (c_k - p_k) x_0_hat[i-k]: predictor and corrector of one step differ
+    in their polynomials alone (the corrector's goes through row i too), so x holds the predictions and no corrected
+    state is kept. Both polynomials are integrated exactly.
+
+    Args:
+        schedule: the noise schedule.
+        t: (S,) strictly decreasing timesteps.
+        order: points of the predictor, 1 .. 3.
+    """
+    grid = _Grid(schedule, t)
+    a, b = np.zeros((len(t), 1)), np.zeros((len(t), order + 1))
+    correction, predictor = np.zeros(order + 1), np.zeros(order)
+    for i in range(len(t) - 1):
+        if i:  # of the step that led here
+            nodes = range(i, max(i - 1 - order, -1), -1)
+            correction = np.zeros(order + 1)
+            correction[: len(nodes)] = grid.weights(i - 1, nodes)
+            correction[1:] -= predictor
+        nodes = range(i, max(i - order, -1), -1)
+        predictor = np.zeros(order)
+        predictor[: len(nodes)] = grid.weights(i, nodes)
+        a[i, 0] = grid.sigma[i + 1] / grid.sigma[i]
+        b[i] = a[i, 0] * correction
+        b[i, :order] += predictor
+    return grid.plan("unipc", t, a, b)
+
+
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def ipndm(schedule: NoiseSchedule, t: Float64Array) -> SamplingPlan:
+    """iPNDM-4 (Zhang and Chen 2023, arXiv 2204.13902, after Liu et al. 2022): Adams and Bashforth's weights on eps.
+
+    In x / alpha the ODE is d(x / alpha) / d(sigma / alpha) = eps. The weights are those of even steps, whatever the
+    steps are: of fourth order where sigma / alpha is evenly spaced, of second elsewhere.
+
+    Args:
+        schedule: the noise schedule.
+        t: (S,) strictly decreasing timesteps; alpha_bar > 0 at each.
 
     Raises:
-        ValueError: no such sampler, or a number outside its range.
+        ValueError: alpha_bar is 0 at a timestep: there is no eps there.
     """
-    total = schedule.num_train_steps
-    if start is not None:
-        if not 0 <= start < total:
-            raise ValueError(f"start={start} must be 0 .. {total - 1}")
-        total, spacing = start + 1, "trailing"
-    sampler, count = resolve(sampler, steps, total)
-    if eta and sampler != "ddim":
-        raise ValueError(f"eta={eta} is for sampler ddim alone; {sampler} has none")
-    t = timesteps(total, count, "trailing" if count == total else spacing, offset)
-    if sampler == "ddpm":
-        return ddpm(schedule, t, variance=variance)
-    return ddim(schedule, t, eta=eta) if sampler == "ddim" else dpmpp_2m(schedule, t)
+    grid = _Grid(schedule, t)
+    if not grid.alpha.all():
+        raise ValueError("ipndm needs alpha_bar > 0 at every timestep")
+    ratio = grid.sigma / grid.alpha
+    a, b = np.zeros((len(t), 4)), np.zeros((len(t), 4))
+    for i in range(len(t) - 1):
+        a[i, 0] = grid.alpha[i + 1] / grid.alpha[i]
+        step = grid.alpha[i + 1] * (ratio[i + 1] - ratio[i])
+        for k, weight in enumerate(ADAMS_BASHFORTH[min(i, 3)]):
+            a[i, k] += step * weight / grid.sigma[i - k]
+            b[i, k] -= step * weight * grid.alpha[i - k] / grid.sigma[i - k]
+    return grid.plan("ipndm", t, a, b)

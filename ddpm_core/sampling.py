@@ -106,6 +106,7 @@ def generate(
     steps: int | None = None,
     eta: float = 0.0,
     guidance_scale: float = 1.0,
+    plan: SamplingPlan | None = None,
     batch_size: int = 250,
     on_batch: OnBatch | None = None,
 ) -> Tensor:
@@ -116,10 +117,11 @@ def generate(
         device: where.
         seeds: N of them; image i's noise depends on seeds[i] and on nothing else.
         labels: N of them; None: "no label".
-        sampler: a key of plans.DEFAULT_STEPS or plans.PRESETS.
+        sampler: a key of samplers.SAMPLERS or samplers.PRESETS.
         steps: of the sampler; None: its own.
         eta: ddim only.
         guidance_scale: of the images that have a label; 1: no guidance.
+        plan: on the model's schedule, in the place of sampler, steps and eta.
         batch_size: images at once.
         on_batch: called after every batch.
 
@@ -138,7 +140,7 @@ def generate(
     for label in labels:
         if label is not None and not 0 <= label < model.config.num_classes:
             raise ValueError(f"label={label} must be 0 .. {model.config.num_classes - 1}")
-    denoiser, plan = model.denoiser(model.network(device)), model.plan(sampler, steps, eta=eta)
+    denoiser, plan = model.denoiser(model.network(device)), plan or model.plan(sampler, steps, eta=eta)
     like = torch.empty(0, *model.config.image_shape, device=device)
     images = [torch.empty(0, *model.config.image_shape, dtype=torch.uint8)]
     for start in range(0, len(seeds), batch_size):

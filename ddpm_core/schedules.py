@@ -50,6 +50,25 @@ class NoiseSchedule:
         abar = self.alphas_cumprod
         return abar / (1.0 - abar)
 
+    @property
+    def log_snr(self) -> Float64Array:
+        """(T,) log(alpha_bar / (1 - alpha_bar)), strictly decreasing; -inf where alpha_bar is 0."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.snr)
+
+    def alpha_bar_at(self, t: Float64Array) -> Float64Array:
+        """alpha_bar at timesteps of 0 .. T-1 that need not be whole: between two of the table the log-SNR is linear."""
+        low = np.floor(t).astype(np.int64)
+        whole = self.alphas_cumprod[low]
+        if np.array_equal(low, t):
+            return whole
+        log_snr = np.interp(t, np.arange(self.num_train_steps), self.log_snr)
+        return np.where(low == t, whole, 1 / (1 + np.exp(-log_snr)))
+
+    def timesteps_of(self, log_snr: Float64Array) -> Float64Array:
+        """The timesteps, whole or not, at which the log-SNR is this; the inverse of alpha_bar_at."""
+        return np.interp(log_snr, self.log_snr[::-1], np.arange(self.num_train_steps)[::-1].astype(np.float64))
+
 
 def linear(num_train_steps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
     """Equally spaced betas; section 4 of Ho et al. 2020."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,6 +118,7 @@ class ModelInfo:
     num_classes: int  # 0: unconditional
     alphas_cumprod: NDArray[np.float64]  # (T,)
     runtime: str  # what runs the network: torch or onnxruntime
+    learned: Mapping[int, str] = dataclasses.field(default_factory=dict)  # sha256 of each learned plan, by its steps
 
     @property
     def id(self) -> str:

@@ -88,6 +88,7 @@ class Runner:
             m.name, m.sha256, str(self.device), m.config.image_shape,
             m.schedule.num_train_steps, m.config.num_classes, m.schedule.alphas_cumprod,
             "onnxruntime" if isinstance(self._network, OnnxNetwork) else "torch",
+            {steps: plan.sha256 for steps, plan in m.learned.items()},
         )  # fmt: skip
 
     def row(self, params: GenerateParams, index: int) -> Row:

@@ -146,6 +146,7 @@ def _kinds(runner: Runner) -> list[Row]:
         ("dpmpp_2m", 0.0, 1.0, None),
         ("ddpm", 0.0, 1.0, last * 3 // 4),
         ("ddim", 0.7, 1.0, last // 2),
+        ("ipndm", 0.0, 1.0, last // 3),
         *([("dpmpp_2m", 0.0, 2.5, last // 4), ("ddpm", 0.0, 4.0, last // 8)] if info.num_classes else []),
     ]
     kinds = []

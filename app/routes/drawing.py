@@ -23,7 +23,7 @@ from app.routes.common import FORMATS, JSON, PNG, b64, random_seed, unavailable
 from app.routes.events import EVENTS, event_stream
 from app.schemas import GeneratedImage, GenerateRequest, GenerateResponse
 from app.settings import Settings
-from ddpm_core import __version__, plans
+from ddpm_core import __version__, samplers
 
 ZIP = "application/zip"
 OFFERED = (EVENTS, ZIP, JSON, PNG)  # of equals the last is sent
@@ -42,9 +42,9 @@ def to_params(
             raise errors.Invalid.field("label", f"{label} is not a label of {info.name}; allowed: {allowed}, or null")
     try:
         most = info.num_train_steps if start is None else start.t + 1
-        sampler, steps = plans.resolve(body.sampler, body.steps, most)
+        sampler, steps = samplers.resolve(body.sampler, body.steps, most, info.learned)
     except ValueError as error:
-        raise errors.Invalid.field("steps", str(error).removeprefix("steps=")) from None
+        raise _of_plan(error) from None
     seed = random_seed(body.n) if body.seed is None else body.seed
     return GenerateParams(
         request_id, tuple(range(seed, seed + body.n)), labels, sampler, steps, body.eta + 0.0, body.guidance_scale,
@@ -60,7 +60,17 @@ def submit(engine: Engine, params: GenerateParams, on_progress: OnProgress | Non
     except engine_request.EngineError as error:
         raise to_problem(error, params) from None
     except ValueError as error:  # of the plan: this model's timesteps do not allow what the sampler does elsewhere
-        raise errors.Invalid.field("steps", str(error)) from None
+        raise _of_plan(error) from None
+
+
+def _of_plan(error: ValueError) -> errors.Invalid:
+    """What is wrong with a plan, at its field: the message begins with it, or it is about the steps."""
+    field, _, rest = str(error).partition("=")
+    return (
+        errors.Invalid.field(field, rest)
+        if field in ("sampler", "steps")
+        else errors.Invalid.field("steps", str(error))
+    )
 
 
 def to_problem(error: BaseException, params: GenerateParams) -> errors.Problem:
@@ -110,6 +120,8 @@ def facts(params: GenerateParams, info: ModelInfo) -> list[dict[str, object]]:
         "version": __version__, "model": info.name, "sha256": info.sha256, "sampler": params.sampler,
         "steps": params.steps, "eta": params.eta,
     }  # fmt: skip
+    if params.sampler == samplers.LEARNED:
+        shared["plan_sha256"] = info.learned[params.steps]
     if params.start is not None:
         shared |= {"t": params.start.t, "pixels_sha256": hashlib.sha256(params.start.pixels.tobytes()).hexdigest()}
     return [

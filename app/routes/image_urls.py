@@ -20,7 +20,7 @@ from app.http import unless_gone
 from app.routes.common import PNG, PROBLEM, loaded_model
 from app.routes.drawing import draw, encode_sheet, to_params
 from app.schemas import GenerateRequest, parse_fields
-from ddpm_core import plans
+from ddpm_core import samplers
 
 log = logging.getLogger("app")
 
@@ -67,8 +67,8 @@ def _params(
     for name, value in (("steps", steps), ("seed", seed)):
         if not (value.isascii() and value.isdigit()):
             raise errors.Invalid.field(name, f"{value} is not a number of digits alone")
-    if sampler not in plans.DEFAULT_STEPS:
-        raise errors.Invalid.field("sampler", f"{sampler} is not known; known: {', '.join(plans.DEFAULT_STEPS)}")
+    if sampler in samplers.PRESETS:
+        raise errors.Invalid.field("sampler", f"{sampler} is a preset, and may mean another sampler tomorrow: name one")
     given = {"sampler": sampler, "steps": steps, "seed": seed, **dict(request.query_params)}
     fields = parse_fields(given if label == "none" else {**given, "label": label}, GenerateRequest)
     return to_params(fields, info, request.app.state.settings, uuid.uuid4().hex), fields.scale
@@ -105,7 +105,8 @@ async def image(request: Request, model: str, sampler: str, steps: str, label: s
     key = (dataclasses.replace(params, request_id=""), scale)
     png = await unless_gone(request, request.app.state.sharing.get(key, make))
     etag = f'"{hashlib.sha256(png).hexdigest()[:32]}"'
-    pinned = model == info.id and engine.exactness is not None and engine.exactness.exact
+    fixed = model == info.id and params.sampler != samplers.LEARNED  # its plans may be fitted anew
+    pinned = fixed and engine.exactness is not None and engine.exactness.exact
     headers = {"ETag": etag, "Cache-Control": FOREVER if pinned else "no-cache", "X-Model": info.id}
     if _matches(", ".join(request.headers.getlist("if-none-match")), etag):
         return Response(status_code=304, headers=headers)

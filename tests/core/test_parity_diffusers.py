@@ -19,13 +19,14 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMulti
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_dpmsolver_multistep
 from torch import Tensor
 
-from ddpm_core import checkpoint, plans, schedules
+from ddpm_core import checkpoint, samplers, schedules
 from ddpm_core.checkpoint import SchedulerConfig
 from ddpm_core.denoiser import Denoiser
 from ddpm_core.diffusion import Prediction
 from ddpm_core.noise import noise
-from ddpm_core.plans import SamplingPlan, Spacing, Variance
+from ddpm_core.plans import SamplingPlan, Variance
 from ddpm_core.sampling import draw_noise, sample
+from ddpm_core.spacings import Spacing
 from ddpm_core.unet import UNet, UNetConfig
 from tests.networks import DIGITS
 
@@ -191,7 +192,7 @@ def test_ddpm_chains_are_theirs(
         monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *a, row=row, **k: their_noise(row))
         x = scheduler.step(network(x, t), t, x).prev_sample
         theirs.append(x)
-    plan = plans.build(SCHEDULES[name], "ddpm", steps, variance=variance, spacing=spacing)
+    plan = samplers.build(SCHEDULES[name], "ddpm", steps, variance=variance, spacing=spacing)
     assert plan.timesteps.tolist() == scheduler.timesteps.tolist()
     assert largest_difference(our_states(plan, prediction, 1.0), theirs) <= 1e-9
 
@@ -210,7 +211,7 @@ def test_ddim_chains_are_theirs(name: str, spacing: Spacing, eta: float, predict
             network(x, t), t, x, eta=eta, use_clipped_model_output=True, variance_noise=noise_of_row
         ).prev_sample
         theirs.append(x)
-    plan = plans.build(SCHEDULES[name], "ddim", 20, eta=eta, spacing=spacing)
+    plan = samplers.build(SCHEDULES[name], "ddim", 20, eta=eta, spacing=spacing)
     assert largest_difference(our_states(plan, prediction, 0.9), theirs) <= 1e-9
 
 
@@ -228,7 +229,7 @@ def test_dpmpp_2m_chains_are_theirs(name: str, steps: int, prediction: Predictio
         final_sigmas_type="zero",
     )
     scheduler.set_timesteps(steps)
-    plan = plans.build(SCHEDULES[name], "dpmpp_2m", steps, spacing="trailing")
+    plan = samplers.build(SCHEDULES[name], "dpmpp_2m", steps, spacing="trailing")
     assert plan.timesteps.tolist() == scheduler.timesteps.tolist()
     scheduler.sigmas = torch.from_numpy(np.append(np.sqrt(1 / plan.alpha_bars - 1), 0.0))  # they keep float32
     x, theirs = start(), []

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_core import plans, schedules
+from ddpm_core import samplers, schedules
 from ddpm_core.denoiser import Denoiser
 from ddpm_core.noise import MAX_SEED, noise
 from ddpm_core.plans import SamplingPlan
@@ -16,11 +16,11 @@ from ddpm_core.sampling import SampleStep, draw_noise, sample, step
 SCHEDULE = schedules.cosine(50)
 SHAPE = (1, 4, 5)
 PLANS = {
-    "ddpm": plans.build(SCHEDULE, "ddpm"),
-    "ddpm_large": plans.build(SCHEDULE, "ddpm", 11, variance="fixed_large"),
-    "ddim": plans.build(SCHEDULE, "ddim", 7),
-    "ddim_eta": plans.build(SCHEDULE, "ddim", 7, eta=0.6),
-    "dpmpp_2m": plans.build(SCHEDULE, "dpmpp_2m", 6),
+    "ddpm": samplers.build(SCHEDULE, "ddpm"),
+    "ddpm_large": samplers.build(SCHEDULE, "ddpm", 11, variance="fixed_large"),
+    "ddim": samplers.build(SCHEDULE, "ddim", 7),
+    "ddim_eta": samplers.build(SCHEDULE, "ddim", 7, eta=0.6),
+    "dpmpp_2m": samplers.build(SCHEDULE, "dpmpp_2m", 6),
 }
 
 

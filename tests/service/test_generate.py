@@ -69,7 +69,17 @@ def test_json_holds_every_image_with_its_seed_and_label(service: Service) -> Non
         assert pixels(base64.b64decode(image["b64_json"])).shape == (28, 28)
 
 
-@pytest.mark.parametrize("how", [{}, {"guidance_scale": 2.5}, {"sampler": "ddpm"}, {"sampler": "ddim", "eta": 0.5}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"guidance_scale": 2.5},
+        {"sampler": "ddpm"},
+        {"sampler": "ddim", "eta": 0.5},
+        {"sampler": "ipndm", "steps": 6},
+        {"sampler": "learned", "steps": 3},
+    ],
+)
 def test_image_i_of_a_set_can_be_had_alone_to_the_last_byte(service: Service, how: dict[str, object]) -> None:
     body = {"label": 6, "steps": 4, **how}
     many = service.generate({**body, "n": 7, "seed": 10}, accept="application/json").json()
@@ -173,7 +183,7 @@ def test_two_accept_headers_are_read_as_one(service: Service) -> None:
         ({"n": 2, "label": [1, 10]}, "label"),
         ({"label": "seven"}, "label"),
         ({"sampler": "euler"}, "sampler"),
-        ({"sampler": "unipc"}, "sampler"),
+        ({"sampler": "learned", "steps": 4}, "steps"),
         ({"steps": 0}, "steps"),
         ({"steps": 1001}, "steps"),
         ({"eta": 0.5}, "eta"),

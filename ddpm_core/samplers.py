@@ -1,0 +1,119 @@
+"""Samplers by name: which plan a name stands for, how many steps it takes, and where it stops on its way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+
+from ddpm_core import plans, spacings
+from ddpm_core.plans import SamplingPlan, Variance
+from ddpm_core.schedules import Float64Array, NoiseSchedule
+from ddpm_core.spacings import Spacing
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """What a sampler's name stands for where nothing else is asked."""
+
+    build: Callable[[NoiseSchedule, Float64Array], SamplingPlan]
+    steps: int | None  # None: T
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler(plans.ddpm, None),
+    "ddim": Sampler(plans.ddim, 20),
+    "dpmpp_2m": Sampler(plans.dpmpp_2m, 10),
+    "dpmpp_3m": Sampler(plans.dpmpp_3m, 10),
+    "ipndm": Sampler(plans.ipndm, 10),
+    "unipc": Sampler(plans.unipc, 10),
+}
+
+PRESETS: dict[str, tuple[str, int | None]] = {
+    "fast": ("dpmpp_2m", 5),
+    "balanced": ("dpmpp_2m", 10),
+    "reference": ("ddpm", None),
+}
+"""Names for people: a sampler and its steps."""
+
+LEARNED = "learned"
+"""The sampler whose plans are fitted to a network and lie beside its weights (learned.py)."""
+
+
+def resolve(sampler: str, steps: int | None, most: int, learned: Collection[int] = ()) -> tuple[str, int]:
+    """The sampler behind a sampler's or preset's name, and its steps: those asked for, else its own.
+
+    Args:
+        sampler: a key of SAMPLERS or PRESETS.
+        steps: 1 .. most; None: the sampler's own, as far as there are so many.
+        most: how many steps the chain has: T, or t + 1 where it starts at t.
+        learned: the numbers of steps that the model has learned plans for.
+
+    Raises:
+        ValueError: no such sampler, or steps is out of range.
+    """
+    if sampler == LEARNED and learned:
+        steps = max(learned) if steps is None else steps
+        if steps not in learned:
+            raise ValueError(f"steps={steps} must be one of {', '.join(map(str, sorted(learned)))} for {LEARNED}")
+        return sampler, steps
+    if sampler in PRESETS:
+        sampler, own_steps = PRESETS[sampler]
+    elif sampler in SAMPLERS:
+        own_steps = SAMPLERS[sampler].steps
+    else:
+        known = ", ".join([*SAMPLERS, *([LEARNED] if learned else []), *PRESETS])
+        raise ValueError(f"sampler={sampler!r} is not known; known: {known}")
+    if steps is None:
+        steps = min(own_steps or most, most)
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps={steps} must be 1 .. {most}")
+    return sampler, steps
+
+
+def build(
+    schedule: NoiseSchedule,
+    sampler: str,
+    steps: int | None = None,
+    *,
+    eta: float = 0.0,
+    start: int | None = None,
+    variance: Variance = "fixed_small",
+    spacing: Spacing = "trailing",
+    offset: int = 0,
+    learned: Mapping[int, SamplingPlan] = MappingProxyType({}),
+) -> SamplingPlan:
+    """A plan by the name of its sampler or preset.
+
+    Args:
+        schedule: the noise schedule.
+        sampler: a key of SAMPLERS or PRESETS.
+        steps: 1 .. T, or 1 .. start + 1; None: the sampler's own.
+        eta: ddim only.
+        start: the timestep that the chain starts at, as an image noised to it does; None: from pure noise.
+            Leading timesteps would not begin there: trailing ones stand in for them.
+        variance: ddpm only.
+        spacing, offset: of the timesteps; all T of them need neither.
+        learned: plans fitted to the network, by their number of steps; they start from pure noise.
+
+    Raises:
+        ValueError: no such sampler, or a number outside its range.
+    """
+    total = schedule.num_train_steps
+    if start is not None:
+        if not 0 <= start < total:
+            raise ValueError(f"start={start} must be 0 .. {total - 1}")
+        total = start + 1
+    sampler, count = resolve(sampler, steps, total, learned)
+    if eta and sampler != "ddim":
+        raise ValueError(f"eta={eta} is for sampler ddim alone; {sampler} has none")
+    if sampler == LEARNED:
+        if start is not None:
+            raise ValueError(f"sampler={LEARNED!r} starts from pure noise alone: take another to start at t={start}")
+        return learned[count]
+    if count == total or (start is not None and spacing == "leading"):
+        spacing, offset = "trailing", 0
+    t = spacings.timesteps(schedule, count, spacing, offset=offset, start=start)
+    if sampler == "ddpm":
+        return plans.ddpm(schedule, t, variance=variance)
+    return plans.ddim(schedule, t, eta=eta) if sampler == "ddim" else SAMPLERS[sampler].build(schedule, t)
