@@ -8,10 +8,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-Pixels = NDArray[np.uint8]  # (C, H, W), C = 1 or 3
+from ddpm_core.image_files import Pixels, to_pixels, upright_8_bit
 
 Image.preinit()  # the plugins, which the first client would wait for
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # here: catch_warnings is not thread-safe
@@ -75,9 +74,7 @@ def decode(content: bytes, *, max_pixels: int, fit: tuple[int, int, int] | None)
                 raise TooManyPixels(
                     f"{file.width} x {file.height} pixels are over the limit of {max_pixels:,}: send a smaller image"
                 )
-            file.seek(0)
-            file.load()
-            picture = _to_8_bit(ImageOps.exif_transpose(file))
+            picture = upright_8_bit(file)
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -89,16 +86,4 @@ def decode(content: bytes, *, max_pixels: int, fit: tuple[int, int, int] | None)
     if fit is not None:
         channels, height, width = fit
         picture = picture.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.LANCZOS)
-    array = np.array(picture, np.uint8)
-    return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
-
-
-def _to_8_bit(picture: Image.Image) -> Image.Image:
-    """Any mode of the formats above -> L or RGB."""
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16 bit grey
-        return Image.fromarray((np.asarray(picture, np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    if picture.mode in ("L", "LA", "La", "1"):
-        return picture.convert("L")
-    if picture.mode in ("P", "PA") and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # Pillow wants this step; alpha goes in the next
-    return picture.convert("RGB")
+    return to_pixels(picture)

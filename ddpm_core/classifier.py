@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_core import checkpoint, data
+from ddpm_core import checkpoint, data, data_arguments
 
 FEATURES = 128
 
@@ -75,7 +75,14 @@ def accuracy(net: Classifier, images: data.ImageSet) -> float:
 
 
 def fit(images: data.ImageSet, *, epochs: int, batch_size: int = 128, lr: float = 3e-3, seed: int = 0) -> Classifier:
-    """Trains a classifier: AdamW, one learning-rate cycle, augmentation. The same seed gives the same weights."""
+    """Trains a classifier: AdamW, one learning-rate cycle, augmentation. The same seed gives the same weights.
+
+    Raises:
+        ValueError: the images have fewer than two classes.
+    """
+    if images.num_classes < 2:
+        raise ValueError(f"{images.name} has {images.num_classes} classes; a classifier needs 2 or more")
+    batch_size = min(batch_size, len(images.images))
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         net = Classifier(images.images.shape[1], images.num_classes).to(memory_format=torch.channels_last).train()
@@ -124,21 +131,18 @@ def load(directory: Path) -> LoadedClassifier:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ddpm_core.classifier", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="mnist", choices=sorted(data.DATASETS))
-    parser.add_argument("--data-root", type=Path, default=Path("data"))
-    parser.add_argument("--download", action="store_true")
+    data_arguments.add_data_arguments(parser)
+    parser.set_defaults(**data_arguments.DEFAULTS)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None, help="default: weights/<data>-classifier")
     args = parser.parse_args(argv)
     try:
-        train, test = (
-            data.load(args.data, args.data_root, train=part, download=args.download) for part in (True, False)
-        )
-    except (FileNotFoundError, ValueError) as error:
+        train, test = (data_arguments.load(vars(args), train=part) for part in (True, False))
+        net = fit(train, epochs=args.epochs, seed=args.seed)
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    net = fit(train, epochs=args.epochs, seed=args.seed)
     content = save({k: v.contiguous() for k, v in net.state_dict().items()})
     out = args.out or Path("weights") / f"{args.data}-classifier"
     checkpoint.write_atomically(out / "classifier.safetensors", content)

@@ -6,12 +6,21 @@ The torchvision of the library is here, imported when a data set is asked for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ddpm_core import image_files, pictures
+
+LEVEL = 2 / 255  # from one grey level to the next in [-1, 1]
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -25,13 +34,32 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Options:
+    """The shape that the images of a data set are given.
+
+    Raises:
+        ValueError: a size or a number of channels that cannot be.
+    """
+
+    size: int | None = None  # pixels a side: short side resized to it, the middle kept; None: as they are
+    channels: int | None = None  # 1: grey, 3: RGB; None: the data set's own, and RGB of a folder
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"image size {self.size} must be 1 pixel or more")
+        if self.channels not in (None, 1, 3):
+            raise ValueError(f"image channels {self.channels} must be 1 (grey) or 3 (RGB)")
+
+
+@dataclasses.dataclass(frozen=True)
 class ImageSet:
     """A whole data set in memory: images (N, C, H, W) uint8, labels (N,) long, and how many classes it has."""
 
     name: str
     images: Tensor
     labels: Tensor
-    num_classes: int
+    num_classes: int  # 0: without labels, all of which are then 0
+    class_names: tuple[str, ...] = ()  # of a folder: its subfolders' names, in the order of the labels
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != torch.uint8 or not len(self.images):
@@ -39,23 +67,53 @@ class ImageSet:
         if len(self.labels) != len(self.images):
             raise ValueError(f"{self.name}: {len(self.images)} images but {len(self.labels)} labels")
 
+    def facts(self) -> dict[str, Any]:
+        """What tells this data set from any other, as JSON."""
+        digest = hashlib.sha256(self.images.contiguous().numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
+        names = {"class_names": list(self.class_names)} if self.class_names else {}
+        return {"images": len(self.images), "sha256": digest.hexdigest(), **names}
 
-def _mnist(root: Path, train: bool, download: bool) -> ImageSet:
-    from torchvision.datasets import MNIST
 
+def _of_torchvision(title: str, kind: Any, files: Path, root: Path, train: bool, download: bool) -> Any:
+    """One of torchvision's data sets, or an error that says where its files belong and how they get there."""
     try:
-        data = MNIST(str(root), train=train, download=download)
-    except RuntimeError as error:
+        return kind(str(root), train=train, download=download)
+    except (RuntimeError, URLError, ValueError, AssertionError) as error:  # the last two: files that are cut short
         if download:
-            raise FileNotFoundError(f"MNIST could not be fetched into {root}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise FileNotFoundError(
+                f"{title} could not be fetched into {files} ({reason}): take away what is there and try again"
+            ) from error
         raise FileNotFoundError(
-            f"MNIST is not under {root} (its files belong into {root / 'MNIST' / 'raw'}): "
+            f"{title} is not under {root}, or not whole (its files belong into {files}): "
             "name another folder with --data-root, or fetch it with --download"
         ) from error
-    return ImageSet("mnist", data.data[:, None].clone(), data.targets.clone(), 10)
 
 
-def _digits(root: Path, train: bool, download: bool) -> ImageSet:
+def _mnist(root: Path, train: bool, download: bool, options: Options) -> ImageSet:
+    from torchvision.datasets import MNIST
+
+    found = _of_torchvision("MNIST", MNIST, root / "MNIST" / "raw", root, train, download)
+    return ImageSet("mnist", found.data[:, None].clone(), found.targets.clone(), 10)
+
+
+def _fashion_mnist(root: Path, train: bool, download: bool, options: Options) -> ImageSet:
+    from torchvision.datasets import FashionMNIST
+
+    found = _of_torchvision("Fashion-MNIST", FashionMNIST, root / "FashionMNIST" / "raw", root, train, download)
+    return ImageSet("fashion-mnist", found.data[:, None].clone(), found.targets.clone(), 10)
+
+
+def _cifar10(root: Path, train: bool, download: bool, options: Options) -> ImageSet:
+    from torchvision.datasets import CIFAR10
+
+    found = _of_torchvision("CIFAR-10", CIFAR10, root / CIFAR10.base_folder, root, train, download)
+    images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+    return ImageSet("cifar10", images, torch.tensor(found.targets), 10)
+
+
+def _digits(root: Path, train: bool, download: bool, options: Options) -> ImageSet:
     """scikit-learn's bundled 8x8 digits: real images for tests and first tries, no download, four in five to train."""
     from sklearn.datasets import load_digits
 
@@ -65,21 +123,101 @@ def _digits(root: Path, train: bool, download: bool) -> ImageSet:
     return ImageSet("digits", images[chosen], torch.from_numpy(data.target).long()[chosen], 10)
 
 
-DATASETS: dict[str, Callable[[Path, bool, bool], ImageSet]] = {"mnist": _mnist, "digits": _digits}
+def _folder(root: Path, train: bool, download: bool, options: Options) -> ImageSet:
+    """Images in class folders, sorted by name (torchvision's ImageFolder), or in one folder, without labels."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
+
+    root = _part(root, train)
+    classes = _class_folders(root)
+    loose = sorted(p.name for p in root.iterdir() if p.suffix.lower() in IMG_EXTENSIONS and p.name[0] != ".")
+    if classes and loose:
+        raise ValueError(
+            f"{root} holds images ({loose[0]}{', ...' if loose[1:] else ''}) beside folders ({', '.join(classes)}): "
+            "put every image into the folder of its class, or leave no folder there"
+        )
+    label_of = {name: label for label, name in enumerate(classes)} or {".": 0}
+    found = [
+        (Path(path), label) for path, label in ImageFolder.make_dataset(root, label_of, IMG_EXTENSIONS, None, True)
+    ]
+    found = [(path, label) for path, label in found if not any(p[0] == "." for p in path.relative_to(root).parts)]
+    paths, labels = [path for path, _ in found], [label for _, label in found]
+    seen = set(labels)
+    if empty := [str(root / name) for name, label in label_of.items() if label not in seen]:
+        raise FileNotFoundError(f"no image in {', '.join(empty)}; its name ends in one of {', '.join(IMG_EXTENSIONS)}")
+    with ThreadPoolExecutor() as pool:
+        read = functools.partial(image_files.read, size=options.size, channels=options.channels or 3)
+        return ImageSet(
+            str(root), _stack(paths, pool.map(read, paths)), torch.tensor(labels), len(classes), tuple(classes)
+        )
 
 
-def load(name: str, root: Path, *, train: bool, download: bool = False) -> ImageSet:
+def _part(root: Path, train: bool) -> Path:
+    """The folder of a part: root/train or root/test where there are both, else root, which is for training alone."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder: name the one that holds your images with --data-root")
+    parts = [root / "train", root / "test"]
+    if not all(part.is_dir() for part in parts):
+        if train:
+            return root
+        raise FileNotFoundError(f"{root} has no test part: divide its images between {parts[0]} and {parts[1]}")
+    names = [", ".join(_class_folders(part)) or "none" for part in parts]
+    if names[0] != names[1]:
+        raise ValueError(f"the classes of {parts[0]} ({names[0]}) and of {parts[1]} ({names[1]}) must be the same")
+    return parts[0] if train else parts[1]
+
+
+def _class_folders(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
+
+
+def _stack(names: Sequence[object], images: Iterable[image_files.Pixels]) -> Tensor:
+    """Images (C, H, W), one a name, as one tensor (N, C, H, W), filled as they come: there is never a second copy."""
+    whole = torch.empty(0)
+    for index, image in enumerate(images):
+        if index == 0:
+            whole = torch.empty(len(names), *image.shape, dtype=torch.uint8)
+        if image.shape != whole.shape[1:]:
+            (_, h, w), (_, height, width) = whole.shape[1:], image.shape
+            raise ValueError(
+                f"{names[0]} has {w} x {h} pixels, {names[index]} {width} x {height}: "
+                "make all images one size with --image-size"
+            )
+        whole[index] = torch.from_numpy(image)
+    return whole
+
+
+def _reshaped(images: ImageSet, options: Options) -> ImageSet:
+    """The same images in the shape that the options ask for."""
+    channels, height, width = images.images.shape[1:]
+    channels_asked, size = options.channels or channels, options.size
+    if channels_asked == channels and size in (None, height) and size in (None, width):
+        return images
+    fitted = (image_files.fitted(pictures.to_pil(image), size, channels_asked) for image in images.images)
+    return dataclasses.replace(images, images=_stack(range(len(images.images)), fitted))
+
+
+DATASETS: dict[str, Callable[[Path, bool, bool, Options], ImageSet]] = {
+    "mnist": _mnist, "fashion-mnist": _fashion_mnist, "cifar10": _cifar10, "digits": _digits, "folder": _folder,
+}  # fmt: skip
+
+
+def load(name: str, root: Path, *, train: bool, download: bool = False, options: Options | None = None) -> ImageSet:
     """A data set by its name.
 
     Args:
         name: a key of DATASETS.
-        root: the folder that holds data sets, in torchvision's layout.
+        root: the folder that holds data sets, in torchvision's layout; of "folder", the folder of images itself:
+            subfolders are classes, labelled in the order of their names; without any the set has no labels. Two
+            subfolders train and test are its parts; without them all of it is the training part.
         train: the training part, else the test part.
         download: fetch it into root where it is missing.
+        options: the shape of its images; None: as they are.
 
     Raises:
-        ValueError: no such data set. FileNotFoundError: its files are not there.
+        ValueError: no such data set, or an image that cannot be read or has another shape than the others.
+        FileNotFoundError: its files are not there.
     """
     if name not in DATASETS:
         raise ValueError(f"no data set {name!r}; known: {', '.join(DATASETS)}")
-    return DATASETS[name](root, train, download)
+    options = options or Options()
+    return _reshaped(DATASETS[name](root, train, download, options), options)

@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save
 
 from ddpm_core import checkpoint, pictures, sampling
 from ddpm_core.checkpoint import CheckpointError, Model, SchedulerConfig
-from ddpm_core.training import Recipe, StepStats, Trainer
+from ddpm_core.data import Options
+from ddpm_core.recipe import Recipe
+from ddpm_core.training import StepStats, Trainer
 from ddpm_core.unet import UNet, UNetConfig
 
 
@@ -35,6 +37,9 @@ class Run:
     recipe: Recipe
     bf16: bool  # autocast
     compile: bool
+    started_from: dict[str, Any]  # of a model whose weights it began with: their sha256, and how they were trained
+    data_options: Options = dataclasses.field(default_factory=Options)  # older runs name neither this nor data_facts
+    data_facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # ImageSet.facts()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -48,6 +53,7 @@ class Run:
                 "unet": UNetConfig.from_dict(d["unet"]),
                 "scheduler": SchedulerConfig.from_dict(d["scheduler"]),
                 "recipe": Recipe(**recipe),
+                "data_options": Options(**d.get("data_options", {})),
             }
             return cls(**{**d, **parts})
         except (KeyError, TypeError, AttributeError) as error:
@@ -72,6 +78,8 @@ class RunDirectory:
         sha256 = checkpoint.save_model(self.path / "model", weights, run.unet, run.scheduler)
         facts = {
             "data": run.data,
+            "data_options": dataclasses.asdict(run.data_options),
+            "data_facts": run.data_facts,
             "recipe": dataclasses.asdict(run.recipe),
             "steps_done": trainer.step,
             "images_seen": trainer.step * run.recipe.batch_size,
@@ -79,6 +87,7 @@ class RunDirectory:
             "device": trainer.device.type,
             "precision": "bfloat16 autocast" if trainer.bf16 else "float32",
             "torch": torch.__version__,
+            **({"started_from": run.started_from} if run.started_from else {}),
         }
         checkpoint.write_atomically(self.path / "model" / "training.json", checkpoint.to_json(facts))
         net = UNet(run.unet)

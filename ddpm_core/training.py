@@ -8,17 +8,16 @@ interrupted. (With a time budget the learning rate follows the clock, and no two
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Iterator
-from typing import Literal
+from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm_core import data, diffusion
+from ddpm_core import augmentation, data, diffusion, optimizers
+from ddpm_core.recipe import Recipe, batch_indices, sample_timesteps, seed_of
 from ddpm_core.schedules import NoiseSchedule
 
 MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient before training gives up
@@ -26,51 +25,6 @@ MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient before trainin
 
 class TrainingDiverged(RuntimeError):
     """The loss stayed NaN or infinite; the weights are those of the last good step."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How to train. The defaults are the reference recipe, L_simple with uniform t (Ho et al. 2020, section 4).
-
-    Raises:
-        ValueError: a number outside its range.
-    """
-
-    steps: int = 0  # optimizer steps in all; 0 = until the time budget is spent
-    time_budget_s: float = 0.0  # seconds of training, resumed ones counted in; 0 = until the steps are done
-    batch_size: int = 128
-    lr: float = 2e-4  # the peak
-    warmup_steps: int = 500  # lr rises linearly from 0
-    decay: float = 0.0  # the last share of training over which lr falls linearly to 0
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0  # decoupled (AdamW)
-    clip_grad: float = 1.0  # global gradient norm
-    ema_decay: float = 0.9999  # after a warm-up of min(ema_decay, (1 + step) / (10 + step))
-    timesteps: Literal["uniform", "stratified"] = "uniform"  # stratified: one t in each of B equal parts of 0..T-1
-    min_snr_gamma: float = 0.0  # weight clipping of Hang et al. 2023; 0 = off
-    label_drop: float = 0.1  # share of labels replaced by "no label" (Ho and Salimans 2022)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if (self.steps > 0) == (self.time_budget_s > 0):
-            raise ValueError("give either steps or a time budget, and not both")
-        for field, low, high in (
-            ("batch_size", 1, math.inf),
-            ("lr", 0, 1),
-            ("warmup_steps", 0, math.inf),
-            ("decay", 0, 1),
-            ("weight_decay", 0, 1),
-            ("clip_grad", 1e-9, math.inf),
-            ("ema_decay", 0, 1),
-            ("min_snr_gamma", 0, math.inf),
-            ("label_drop", 0, 1),
-            ("seed", 0, 2**31 - 1),
-        ):
-            value = getattr(self, field)
-            if not low <= value <= high:
-                raise ValueError(f"{field}={value} must be {low} .. {high}")
-        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
-            raise ValueError(f"adam_betas={self.adam_betas} must be two numbers in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,34 +43,6 @@ def loss_weights(prediction: diffusion.Prediction, snr: Tensor, gamma: float) ->
     """Min-SNR-gamma weights of the squared error of each prediction type; section 3.4 of Hang et al. 2023. (B,)."""
     clipped = snr.clamp(max=gamma)
     return {"epsilon": clipped / snr, "sample": clipped, "v_prediction": clipped / (snr + 1)}[prediction]
-
-
-def sample_timesteps(recipe: Recipe, num_train_steps: int, generator: torch.Generator) -> Tensor:
-    """(B,) long, 0 .. T-1."""
-    u = torch.rand(recipe.batch_size, generator=generator, dtype=torch.float64, device=generator.device)
-    if recipe.timesteps == "stratified":
-        u = (torch.arange(recipe.batch_size, device=u.device) + u) / recipe.batch_size
-    return (u * num_train_steps).long().clamp(max=num_train_steps - 1)
-
-
-def seed_of(seed: int, use: Literal["order", "loss", "dropout"], count: int) -> int:
-    """The seed of one use of randomness: 32 bits, because torch's CPU generator drops all higher ones."""
-    key = (seed, ("order", "loss", "dropout").index(use), count)
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, size: int) -> Tensor:
-    """A permutation of 0 .. size - 1, a function of seed and epoch alone."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(seed, "order", epoch)))
-
-
-def batch_indices(recipe: Recipe, step: int, size: int) -> Tensor:
-    """The images of step number `step`, (B,) long: every epoch a new order, no image twice in one, none left out."""
-    first = step * recipe.batch_size
-    epochs = range(first // size, (first + recipe.batch_size - 1) // size + 1)
-    orders = [epoch_order(recipe.seed, epoch, size) for epoch in epochs]
-    return torch.cat(orders)[first - epochs[0] * size :][: recipe.batch_size]
 
 
 class Ema:
@@ -149,14 +75,19 @@ class Trainer:
         compile_net: bool = False,
         bf16: bool = False,
     ) -> None:
+        if recipe.guidance_scale != 1 and null_label is None:
+            raise ValueError(f"guidance_scale={recipe.guidance_scale} needs a network with labels")
+        height, width = images.images.shape[2:]
+        if recipe.shift >= min(height, width):
+            raise ValueError(f"shift={recipe.shift} must be less than the images' {width} x {height} pixels")
         self.recipe, self.prediction, self.null_label, self.device, self.bf16 = (
             recipe, prediction, null_label, device, bf16,
         )  # fmt: skip
         self.net = net.to(device).to(memory_format=torch.channels_last).train()
         self.forward = torch.compile(net) if compile_net else net
         self.ema = Ema(net, recipe.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            net.parameters(), lr=0.0, betas=recipe.adam_betas, weight_decay=recipe.weight_decay, fused=True
+        self.optimizers = optimizers.build(
+            self.net, recipe.optimizer, adam_betas=recipe.adam_betas, weight_decay=recipe.weight_decay
         )
         self.images, self.labels = images.images.to(device), images.labels.to(device)
         self.alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod).to(device)
@@ -177,12 +108,20 @@ class Trainer:
         decay = min(1.0, (1 - self.progress) / r.decay) if r.decay else 1.0
         return r.lr * warmup * decay
 
+    def augmented(self, images: Tensor) -> Tensor:
+        """The next step's batch (B, C, H, W), moved and mirrored where the recipe says so."""
+        r = self.recipe
+        if not (r.flip or r.shift):
+            return images
+        generator = torch.Generator(self.device).manual_seed(seed_of(r.seed, "augmentation", self.step))
+        return augmentation.flip_and_shift(images, flip=r.flip, shift=r.shift, generator=generator)
+
     def loss(self) -> Tensor:
         """The loss of the next step's batch: E ||target - prediction||^2, weighted by min-SNR where asked."""
         r, device = self.recipe, self.device
         index = batch_indices(r, self.step, len(self.images)).to(device)
         generator = torch.Generator(device).manual_seed(seed_of(r.seed, "loss", self.step))
-        x_0 = data.to_unit(self.images[index])
+        x_0 = data.to_unit(self.augmented(self.images[index]))
         t = sample_timesteps(r, len(self.alphas_cumprod), generator)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
         alpha_bar = self.alphas_cumprod[t]
@@ -191,20 +130,40 @@ class Trainer:
         if self.null_label is not None:
             drop = torch.rand(len(t), generator=generator, device=device) < r.label_drop
             inputs.append(torch.where(drop, self.null_label, self.labels[index]))
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            output = self.forward(*inputs)
-        error = output.float() - diffusion.target(self.prediction, x_0, eps, alpha_bar)
+        output = self.predict(*inputs)
+        target = diffusion.target(self.prediction, x_0, eps, alpha_bar)
+        if r.guidance_scale != 1:
+            target = target + self.guidance(output.detach(), *inputs)
+        error = output - target
         per_image = error.square().flatten(1).mean(1)
         if r.min_snr_gamma:
             per_image = per_image * loss_weights(self.prediction, self.snr[t], r.min_snr_gamma).float()
         loss: Tensor = per_image.mean()
         return loss
 
+    def predict(self, *inputs: Tensor) -> Tensor:
+        """The network's output in float32, computed in bfloat16 where the run has it."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            output: Tensor = self.forward(*inputs)
+        return output.float()
+
+    @torch.no_grad()
+    def guidance(self, output: Tensor, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """What is added to the target of images with a label, so that the network learns its own guided prediction.
+
+        Wanted is g = u + s (c - u), c the mean of the target given the label and u without it. Where the network says
+        g already, c + (1 - 1/s) (g - u) = g: so that much of the difference of its own two outputs is added. After
+        Tang et al. 2025 (arXiv 2502.12154), whose weight w is 1 - 1/s; 0 where the label was dropped.
+        """
+        unlabelled = self.predict(x_t, t, torch.full_like(labels, cast(int, self.null_label)))
+        return (1 - 1 / self.recipe.guidance_scale) * (output - unlabelled)
+
     def train_step(self) -> tuple[float, float, float] | None:
         """One optimizer step: loss, lr, gradient norm. None where the gradient is not finite: nothing was changed."""
         lr = self.lr()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # dropout draws from the global generator
             torch.manual_seed(seed_of(self.recipe.seed, "dropout", self.step))
@@ -214,8 +173,9 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_grad))
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.net.zero_grad()
         self.step += 1
         if finite:
             self.ema.update(self.net, self.step)
@@ -248,8 +208,9 @@ class Trainer:
         """All that changes in training, by name; step and elapsed_s are beside it."""
         tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.weights.items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{k}": v for k, v in slots.items()}
+        for which, optimizer in enumerate(self.optimizers):
+            for index, slots in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{which}.{index}.{k}": v for k, v in slots.items()}
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor], *, step: int, elapsed_s: float) -> None:
@@ -262,11 +223,12 @@ class Trainer:
         for k, v in part("ema.").items():
             self.ema.weights[k].copy_(v)
         # The fused optimizer walks over memory as it lies: moments need the layout of their parameter (channels last).
-        parameters = list(self.net.parameters())
-        slots: dict[int, dict[str, Tensor]] = {}
-        for k, v in part("optimizer.").items():
-            index, name = k.split(".")
-            parameter = parameters[int(index)]
-            slots.setdefault(int(index), {})[name] = torch.empty_like(parameter).copy_(v) if v.dim() else v
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        for which, optimizer in enumerate(self.optimizers):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            slots: dict[int, dict[str, Tensor]] = {}
+            for k, v in part(f"optimizer.{which}.").items():
+                index, name = k.split(".")
+                parameter = parameters[int(index)]
+                slots.setdefault(int(index), {})[name] = torch.empty_like(parameter).copy_(v) if v.dim() else v
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
         self.step, self.elapsed_s = step, elapsed_s

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import io
+import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torchvision.datasets import MNIST
+from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 
 from ddpm_core import data
-from ddpm_core.data import ImageSet
+from ddpm_core.data import ImageSet, Options
 
 
 def test_pixels_map_to_minus_1_and_1_and_back_without_loss() -> None:
@@ -36,7 +42,9 @@ def test_the_digits_parts_are_disjoint_and_whole() -> None:
 
 
 def test_an_unknown_data_set_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="no data set 'imagenet'; known: mnist, digits"):
+    with pytest.raises(
+        ValueError, match="no data set 'imagenet'; known: mnist, fashion-mnist, cifar10, digits, folder"
+    ):
         data.load("imagenet", Path(), train=True)
 
 
@@ -49,6 +57,125 @@ def test_a_download_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monk
         data.load("mnist", tmp_path, train=True, download=True)
     with pytest.raises(FileNotFoundError, match="--download"):
         data.load("mnist", tmp_path, train=True)
+
+
+def idx_file(array: np.ndarray) -> bytes:
+    """The format of MNIST: two zeros, 8 for bytes, the number of dimensions, the dimensions, the bytes."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """Fashion-MNIST of five and three images, as downloaded: torchvision's own code checks, unpacks and reads it."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "train-images-idx3-ubyte": rng.integers(0, 256, (5, 28, 28)), "train-labels-idx1-ubyte": np.arange(5),
+        "t10k-images-idx3-ubyte": rng.integers(0, 256, (3, 28, 28)), "t10k-labels-idx1-ubyte": np.array([9, 0, 4]),
+    }  # fmt: skip
+    files = {f"{name}.gz": gzip.compress(idx_file(array)) for name, array in arrays.items()}
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, content in files.items():
+        (raw / name).write_bytes(content)
+    monkeypatch.setattr(FashionMNIST, "resources", [(k, hashlib.md5(v).hexdigest()) for k, v in files.items()])
+    return arrays
+
+
+def test_fashion_mnist_is_unpacked_and_read(fashion: dict[str, np.ndarray], tmp_path: Path) -> None:
+    train = data.load("fashion-mnist", tmp_path, train=True, download=True)
+    test = data.load("fashion-mnist", tmp_path, train=False)
+    for part, prefix in ((train, "train"), (test, "t10k")):
+        assert np.array_equal(part.images[:, 0].numpy(), fashion[f"{prefix}-images-idx3-ubyte"])
+        assert part.labels.tolist() == fashion[f"{prefix}-labels-idx1-ubyte"].tolist()
+        assert (part.name, part.num_classes, part.labels.dtype) == ("fashion-mnist", 10, torch.long)
+
+
+@pytest.mark.parametrize("length", [0, 3, 20, 1000])
+def test_a_damaged_file_of_fashion_mnist_names_its_folder(
+    fashion: dict[str, np.ndarray], tmp_path: Path, length: int
+) -> None:
+    data.load("fashion-mnist", tmp_path, train=True, download=True)
+    images = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:length])
+    with pytest.raises(FileNotFoundError, match=rf"not whole.*{images.parent}\).*--download"):
+        data.load("fashion-mnist", tmp_path, train=True)
+    with pytest.raises(FileNotFoundError, match=rf"{images.parent} .*take away what is there"):
+        data.load("fashion-mnist", tmp_path, train=True, download=True)
+
+
+@pytest.fixture
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """CIFAR-10's archive of two images a batch, as downloaded: torchvision's own code checks, unpacks and reads it."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    entries: dict[str, Any] = {
+        name: {"data": images[2 * i : 2 * i + 2].reshape(2, -1), "labels": [i, 9 - i]} for i, name in enumerate(names)
+    }
+    files = {
+        name: pickle.dumps(e) for name, e in {**entries, "batches.meta": {"label_names": list("abcdefghij")}}.items()
+    }
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    digests = [[name, hashlib.md5(content).hexdigest()] for name, content in files.items()]
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "train_list", digests[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", digests[5:6])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": digests[6][1]})
+    return images
+
+
+def test_cifar10_is_unpacked_and_read(cifar: np.ndarray, tmp_path: Path) -> None:
+    train = data.load("cifar10", tmp_path, train=True, download=True)
+    test = data.load("cifar10", tmp_path, train=False)
+    assert np.array_equal(torch.cat([train.images, test.images]).numpy(), cifar)
+    assert train.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
+    assert (test.labels.tolist(), test.num_classes) == ([5, 4], 10)
+    assert train.images.is_contiguous()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(
+        b"another"
+    )  # never unpickled: its digest is another
+    with pytest.raises(FileNotFoundError, match="not whole"):
+        data.load("cifar10", tmp_path, train=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("mnist", "MNIST/raw"), ("fashion-mnist", "FashionMNIST/raw"), ("cifar10", "cifar-10-batches-py")],
+)
+def test_a_data_set_that_is_missing_says_where_its_files_belong(tmp_path: Path, name: str, folder: str) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path / folder}\).*--data-root.*--download"):
+        data.load(name, tmp_path, train=True)
+
+
+def test_any_data_set_takes_a_size_and_channels() -> None:
+    """Enlarged twice, an image has the mean that it had; grey stays grey in RGB, and comes back from it."""
+    plain = data.load("digits", Path(), train=True).images.double()
+    large = data.load("digits", Path(), train=True, options=Options(16, 3)).images
+    assert large.shape == (len(plain), 3, 16, 16)
+    assert bool((large == large[:, :1]).all())
+    assert float((large[:, 0].double().mean((1, 2)) - plain.mean((1, 2, 3))).abs().max()) < 8
+    same = data.load("digits", Path(), train=True, options=Options(8, 1)).images
+    assert torch.equal(same.double(), plain)
+
+
+@pytest.mark.parametrize(("size", "channels"), [(0, None), (-4, 1), (8, 2), (None, 4)])
+def test_options_that_cannot_be_are_refused(size: int | None, channels: int | None) -> None:
+    with pytest.raises(ValueError, match="must be 1"):
+        Options(size, channels)
+
+
+def test_facts_tell_data_sets_apart() -> None:
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    first, again, other_labels, other_pixels = (
+        ImageSet("x", images + add, torch.tensor(labels), 2).facts()
+        for add, labels in ((0, [0, 1]), (0, [0, 1]), (0, [1, 0]), (1, [0, 1]))
+    )
+    assert first == again
+    assert len({first["sha256"], other_labels["sha256"], other_pixels["sha256"]}) == 3
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import ddpm_core
-from ddpm_core import checkpoint, runs, train
+from ddpm_core import checkpoint, runs, train, train_options
 from ddpm_core.checkpoint import WEIGHTS_NAME, load_model
 from ddpm_core.unet import UNet
 
@@ -216,7 +216,7 @@ def test_a_run_that_cannot_be_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("40m", 2400), ("2.5h", 9000)])
 def test_durations_are_read(text: str, seconds: float) -> None:
-    assert train.duration(text) == seconds
+    assert train_options.duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["90", "1d", "s", "0s", "1h30m"])

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddpm_core import data, diffusion, schedules, training
+from ddpm_core import data, diffusion, optimizers, schedules, training
+from ddpm_core import recipe as draws
 from ddpm_core.diffusion import Prediction
-from ddpm_core.training import Ema, Recipe, Trainer, TrainingDiverged
+from ddpm_core.recipe import Recipe
+from ddpm_core.training import Ema, Trainer, TrainingDiverged
 from ddpm_core.unet import UNet
 from tests.networks import DIGITS
 
@@ -90,7 +92,7 @@ def tiny_unet(seed: int, dropout: float = 0.0) -> UNet:
 def test_every_epoch_holds_every_image_once(size: int, batch_size: int) -> None:
     """The stream of indices, cut into pieces of `size` wherever batches end, is one permutation after another."""
     recipe = Recipe(steps=1, batch_size=batch_size, seed=3)
-    batches = [training.batch_indices(recipe, step, size) for step in range(4 * size // batch_size + 1)]
+    batches = [draws.batch_indices(recipe, step, size) for step in range(4 * size // batch_size + 1)]
     assert {len(batch) for batch in batches} == {batch_size}
     epochs = torch.cat(batches)[: 4 * size].reshape(4, size)
     assert torch.equal(epochs.sort(dim=1).values, torch.arange(size).expand(4, size))
@@ -98,14 +100,14 @@ def test_every_epoch_holds_every_image_once(size: int, batch_size: int) -> None:
 
 
 def test_the_order_of_an_epoch_does_not_depend_on_who_drew_before() -> None:
-    first = training.epoch_order(1, 0, 50).clone()
-    training.epoch_order.cache_clear()
+    first = draws.epoch_order(1, 0, 50).clone()
+    draws.epoch_order.cache_clear()
     torch.manual_seed(99)
-    assert torch.equal(training.epoch_order(1, 0, 50), first)
+    assert torch.equal(draws.epoch_order(1, 0, 50), first)
 
 
 def test_another_seed_gives_another_order_of_the_images() -> None:
-    orders = torch.stack([training.epoch_order(seed, 0, 50) for seed in (0, 1, 2, 2**31 - 1)])
+    orders = torch.stack([draws.epoch_order(seed, 0, 50) for seed in (0, 1, 2, 2**31 - 1)])
     assert len(orders.unique(dim=0)) == 4
 
 
@@ -122,7 +124,7 @@ def test_another_seed_or_step_draws_other_timesteps_and_noise() -> None:
 def test_stratified_timesteps_hit_every_stratum() -> None:
     """One t in each of B equal parts of 0 .. T-1, not the same ones every time."""
     recipe = Recipe(steps=1, batch_size=20, timesteps="stratified")
-    drawn = [training.sample_timesteps(recipe, 1000, torch.Generator().manual_seed(s)) for s in range(50)]
+    drawn = [draws.sample_timesteps(recipe, 1000, torch.Generator().manual_seed(s)) for s in range(50)]
     for t in drawn:
         assert (t // 50).tolist() == list(range(20))
     assert len(torch.stack(drawn).unique(dim=0)) == 50
@@ -130,7 +132,7 @@ def test_stratified_timesteps_hit_every_stratum() -> None:
 
 def test_more_strata_than_timesteps_repeat_every_one_equally() -> None:
     recipe = Recipe(steps=1, batch_size=40, timesteps="stratified")
-    t = training.sample_timesteps(recipe, 10, torch.Generator().manual_seed(0))
+    t = draws.sample_timesteps(recipe, 10, torch.Generator().manual_seed(0))
     assert t.bincount().tolist() == [4] * 10
 
 
@@ -139,7 +141,7 @@ def test_timesteps_are_uniform(kind: Any) -> None:
     """Chi-square over 50 values of 50,000 draws: 49 degrees of freedom, mean 49, bound 49 + 5 sqrt(98) = 98.5."""
     recipe = Recipe(steps=1, batch_size=500, timesteps=kind)
     generator = torch.Generator().manual_seed(0)
-    t = torch.cat([training.sample_timesteps(recipe, 50, generator) for _ in range(100)])
+    t = torch.cat([draws.sample_timesteps(recipe, 50, generator) for _ in range(100)])
     counts = t.bincount(minlength=50).double()
     assert len(counts) == 50
     assert float(((counts - 1000) ** 2 / 1000).sum()) < 98.5
@@ -181,6 +183,42 @@ def test_min_snr_makes_the_three_losses_one() -> None:
     assert losses[0] < 0.05
 
 
+class TwoAnswers(nn.Module):
+    """Says one number with a label and another without."""
+
+    def __init__(self, labelled: float, unlabelled: float) -> None:
+        super().__init__()
+        self.labelled, self.unlabelled = (nn.Parameter(torch.tensor(v)) for v in (labelled, unlabelled))
+        self.calls = 0
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.where(label == 1, self.unlabelled, self.labelled)[:, None, None, None].expand_as(x_t)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_what_guidance_adds_keeps_the_guided_prediction_where_it_is(prediction: Prediction) -> None:
+    """Target c of the label, u of none: the network that says u + s (c - u) has no error left in the mean."""
+    c, u, s = 0.7, 0.3, 2.5
+    net = TwoAnswers(u + s * (c - u), u)
+    trainer = trainer_of(net, Recipe(steps=1, guidance_scale=s), prediction=prediction, null_label=1)
+    x_t = torch.zeros(2, 1, 8, 8)
+    labels = torch.tensor([0, 1])
+    added = trainer.guidance(net(x_t, labels, labels), x_t, labels, labels)
+    assert not added.requires_grad
+    assert (c + added[0]).flatten()[0] == pytest.approx(u + s * (c - u))
+    assert not added[1].any()
+
+
+def test_guidance_of_1_costs_no_call_and_a_network_without_labels_has_none() -> None:
+    for scale, calls in ((1.0, 1), (2.0, 2)):
+        net = TwoAnswers(0.5, 0.5)
+        trainer_of(net, Recipe(steps=1, guidance_scale=scale), null_label=1).loss()
+        assert net.calls == calls
+    with pytest.raises(ValueError, match=r"guidance_scale=2\.0 needs a network with labels"):
+        trainer_of(Oracle("epsilon"), Recipe(steps=1, guidance_scale=2.0))
+
+
 def test_saying_nothing_costs_the_variance_of_eps() -> None:
     """0 for eps: E eps^2 = 1, within 5 standard errors sqrt(2 / N) of N = 128 x 64 numbers."""
     loss = float(trainer_of(Scripted({0: 0.0}), Recipe(steps=1, batch_size=128)).loss().detach())
@@ -202,7 +240,7 @@ def test_label_drop_replaces_that_share_of_labels(share: float, low: int, high: 
     trainer_of(Listener({}), recipe, images, null_label=10).loss()
     dropped = seen[0] == 10
     assert low <= int(dropped.sum()) <= high
-    kept = images.labels[training.batch_indices(recipe, 0, 1000)]
+    kept = images.labels[draws.batch_indices(recipe, 0, 1000)]
     assert torch.equal(seen[0][~dropped], kept[~dropped])
 
 
@@ -282,13 +320,18 @@ def test_training_reduces_the_loss_of_a_small_unet() -> None:
     assert sum(losses[-10:]) / 10 < 0.5
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(tmp_path: Path, dropout: float) -> None:
+@pytest.mark.parametrize(("dropout", "optimizer"), [(0.0, "adamw"), (0.3, "adamw"), (0.3, "muon")])
+def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(
+    tmp_path: Path, dropout: float, optimizer: optimizers.Name
+) -> None:
     """12 steps at once, and 5 + save + load into another network + 7: every tensor of the state is equal.
 
     100 images in batches of 32: step 5 is in the middle of an epoch, and both parts cross the end of one.
     """
-    recipe = Recipe(steps=12, batch_size=32, lr=1e-3, warmup_steps=3, decay=0.5, min_snr_gamma=5.0, weight_decay=0.01)
+    recipe = Recipe(
+        steps=12, batch_size=32, lr=1e-3, warmup_steps=3, decay=0.5, min_snr_gamma=5.0, weight_decay=0.01,
+        optimizer=optimizer,
+    )  # fmt: skip
 
     def fresh(seed: int) -> Trainer:
         return trainer_of(tiny_unet(seed, dropout), recipe, digits(100), "v_prediction", null_label=10)
