@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +11,74 @@ from torch import Tensor
 
 from ddpm_core import checkpoint, pictures
 
+ROWS = (  # key, heading, factor, decimal places
+    ("fid", "FID", 1, 3),
+    ("kid", "KID x 1000", 1000, 3),
+    ("precision", "precision", 1, 3),
+    ("recall", "recall", 1, 3),
+    ("label_accuracy", "label accuracy", 1, 4),
+    ("nearest_train_distance", "distance to the nearest training image", 1, 2),
+    ("near_copies", "share of near copies", 1, 4),
+    ("bits_per_dimension", "bits per dimension (floor: of training images)", 1, 3),
+)
 
-def _accuracy(entry: Mapping[str, Any]) -> str:
-    return "-" if entry["value"] is None else f"{entry['value']:.4f}"
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown: the first row is the head, the first column is set left, the others right."""
+    lines = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(rows[0]))]
+    return "\n".join(
+        "| " + " | ".join(f"{cell:{'>' if k else '<'}{widths[k]}}" for k, cell in enumerate(line)) + " |"
+        for line in lines
+    )
+
+
+def _cell(entry: Mapping[str, Any] | None, factor: float, places: int) -> str:
+    if entry is None:
+        return "-"
+    spread = entry.get("spread", entry.get("standard_error"))
+    return f"{entry['value'] * factor:.{places}f}" + (f" ± {spread * factor:.{places}f}" if spread is not None else "")
 
 
 def results_table(card: Mapping[str, Any]) -> str:
     """The figures of a report, the floor beside them, as a Markdown table."""
     metrics, floor, sampling = card["metrics"], card["floor"], card["sampling"]
-    rows = [
-        ("images", "count", "FID", "label accuracy"),
-        ("---", "---:", "---:", "---:"),
-        (f"generated, {sampling['sampler']}, {sampling['nfe']} NFE", f"{metrics['fid']['samples']:,}",
-         f"{metrics['fid']['value']:.3f}", _accuracy(metrics["label_accuracy"])),
-        ("real training images (the floor)", f"{floor['fid']['sets']} x {floor['fid']['samples']:,}",
-         f"{floor['fid']['value']:.3f}", _accuracy(floor["label_accuracy"])),
-    ]  # fmt: skip
-    widths = [max(len(row[k]) for row in rows) for k in range(4)]
-    return "\n".join(
-        "| " + " | ".join(row[k].ljust(widths[k]) if k == 0 else row[k].rjust(widths[k]) for k in range(4)) + " |"
-        for row in rows
+    drawn, real = metrics["fid"], floor["fid"]
+    head = (
+        f"{sampling['sampler']}, {sampling['nfe']} NFE",
+        f"generated, {drawn['seeds']} x {drawn['samples']:,}",
+        f"the floor: real, {real['sets']} x {real['samples']:,}",
     )
+    rows = [
+        (heading, _cell(metrics.get(key), factor, places), _cell(floor.get(key), factor, places))
+        for key, heading, factor, places in ROWS
+    ]
+    return _table([head, *rows])
 
 
 def notes(card: Mapping[str, Any]) -> list[str]:
     """What has to stand under the table for its figures to mean something."""
-    metrics, sampling, balance = card["metrics"], card["sampling"], card["metrics"]["class_balance"]
+    metrics, floor, sampling, reference = card["metrics"], card["floor"], card["sampling"], card["reference"]
+    balance, bound, train_bound = metrics["class_balance"], metrics["bits_per_dimension"], floor["bits_per_dimension"]
+    test_images, train_images = reference["test_images"], reference["train_images"]
+    near, real_near = metrics["nearest_train_distance"]["value"], floor["nearest_train_distance"]["value"]
+    condition = "given their labels, " if card["model"]["classes"] else ""
     return [
-        f"FID against the {metrics['fid']['reference_samples']:,} test images of {card['data']}, in the penultimate "
-        f"layer of the classifier with sha256 {card['classifier_sha256']}: comparable only to figures of the same "
-        f"classifier and count, never to Inception FID. Ratio to the floor: {metrics['fid_over_floor']['value']:.2f} "
-        f"({metrics['fid_over_floor']['samples']:,} images).",
-        f"Label accuracy: share of {metrics['label_accuracy']['samples']:,} images that the classifier reads as the "
-        "label asked for.",
+        f"Mean ± standard deviation over {metrics['fid']['seeds']} x {metrics['fid']['samples']:,} images, each set of "
+        f"other seeds; the floor over {floor['fid']['sets']} x {floor['fid']['samples']:,} training "
+        "images, none of them twice.",
+        f"FID, KID (x 1000), precision and recall (k = 3) against the {test_images:,} test images of {card['data']}, "
+        f"in the penultimate layer of the classifier with sha256 {card['classifier_sha256']}: comparable only to "
+        "figures of the same classifier and, but for KID, the same count, never to those of Inception. FID over the "
+        f"floor's: {metrics['fid_over_floor']['value']:.2f}.",
+        "Label accuracy: share of images that the classifier reads as the label asked for.",
+        "Memorisation, in pixels: the median distance (L2, black to white is 1) from an image to the nearest of the "
+        f"{train_images:,} training images, and the share of images nearer to one than all but the nearest 1 % of the "
+        f"{test_images:,} test images are. The floor is the test images' own, so its share is 0.01; a model that "
+        f"copies has more. Ratio of the two medians: {near / max(real_near, 1e-12):.3f}.",
+        f"Bits per dimension: the variational bound of the {card['model']['train_steps']:,}-step ancestral chain, "
+        f"{condition}of {bound['samples']:,} test images and, in the floor's column, of {train_bound['samples']:,} "
+        f"training images; stratified over t, {bound['calls']} network calls an image, ± the standard error.",
         f"Class balance of {balance['samples']:,} images drawn with no label: rarest class "
         f"{balance['rarest_share']:.1%}, commonest {balance['commonest_share']:.1%}, chi-square "
         f"{balance['chi_square']:.1f} with {balance['degrees_of_freedom']} degrees of freedom against the training "
@@ -53,6 +88,56 @@ def notes(card: Mapping[str, Any]) -> list[str]:
     ]
 
 
+SWEEP, SWEEP_PLOT = "sweep.json", "fid_nfe.png"  # beside card.json: what ddpm_core.sweep measured
+
+
+def read_sweep(directory: Path, sha256: str) -> dict[str, Any] | None:
+    """The sweep beside the weights, where there is one of these weights. Raises CheckpointError where it is damaged."""
+    path = directory / SWEEP
+    sweep = checkpoint.read_json(path) if path.is_file() else {}
+    return sweep if sweep.get("sha256") == sha256 else None
+
+
+def line_of(point: Mapping[str, Any]) -> str:
+    """The name of a sweep's curve that a point belongs to."""
+    name: str = point["sampler"]
+    return name if point["spacing"] == "trailing" else f"{name}, {point['spacing']}"
+
+
+def sweep_table(sweep: Mapping[str, Any]) -> str:
+    """FID and, in brackets, label accuracy: a row a sampler, a column an NFE."""
+    points = {(line_of(point), point["nfe"]): point for point in sweep["points"]}
+    calls = sorted({nfe for _, nfe in points})
+
+    def cell(point: Mapping[str, Any] | None) -> str:
+        if point is None:
+            return "-"
+        accuracy = f" ({point['label_accuracy']:.1%})" if "label_accuracy" in point else ""
+        return f"{point['fid']:.3f}{accuracy}"
+
+    rows = [[line, *(cell(points.get((line, nfe))) for nfe in calls)] for line in dict.fromkeys(k for k, _ in points)]
+    return _table([["sampler", *(f"{nfe} NFE" for nfe in calls)], *rows])
+
+
+def _sweep_section(sweep: Mapping[str, Any] | None, path: str) -> str:
+    if sweep is None:
+        return ""
+    floor = sweep["floor"]["fid"]
+    return f"""\
+## FID against network calls
+
+![FID against network calls, a line a sampler]({SWEEP_PLOT})
+
+{sweep_table(sweep)}
+
+FID (label accuracy) of {sweep["samples"]:,} images, the same seeds and labels at every point, by
+`python -m ddpm_core.sweep --model {path} --samples {sweep["samples"]} --seed {sweep["seed"]}`. The floor of
+{floor["samples"]:,} real images is {floor["value"]:.3f}: FID is the higher the fewer there are. KID, precision and
+recall of every point are in `{SWEEP}`.
+
+"""
+
+
 def _flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
     """('recipe.lr', '0.002') for every leaf of a JSON object."""
     if isinstance(value, dict):
@@ -60,8 +145,8 @@ def _flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, value if isinstance(value, str) else json.dumps(value))]
 
 
-def readme(card: Mapping[str, Any]) -> str:
-    """README.md of a model directory, from its card.json and nothing else."""
+def readme(card: Mapping[str, Any], sweep: Mapping[str, Any] | None = None) -> str:
+    """README.md of a model directory, from its card.json, its sweep.json if there is one, and nothing else."""
     model, data_name = card["model"], card["data"]
     channels, height, width = model["image_shape"]
     classes, path = model["classes"], model["path"]
@@ -137,7 +222,7 @@ Measured on {card["hardware"]} by
 
 plus `--data-root` where the data set lies elsewhere. All figures, with their numbers of images, are in `card.json`.
 
-## Training
+{_sweep_section(sweep, path)}## Training
 
 {training or "Not recorded."}
 
@@ -149,8 +234,25 @@ use its images as if they were real ones of the data set, nor train a classifier
 """
 
 
+def write_readme(directory: Path) -> None:
+    """Makes README.md from what lies beside it; does nothing where there is no card.json.
+
+    Raises:
+        CheckpointError: card.json or sweep.json cannot be used.
+    """
+    path = directory / "card.json"
+    if path.is_file():
+        card = checkpoint.read_json(path)
+        try:
+            text = readme(card, read_sweep(directory, card["model"]["sha256"]))
+        except KeyError as error:
+            message = f"{path} has no {error}: renew it with `python -m ddpm_core.evaluate --card`"
+            raise checkpoint.CheckpointError(message) from error
+        checkpoint.write_atomically(directory / "README.md", text.encode())
+
+
 def write(directory: Path, card: Mapping[str, Any], images: Tensor, columns: int) -> None:
     """Writes card.json, README.md and, of images (N, C, H, W) uint8, samples.png into a model directory."""
     pictures.save_samples(directory / "samples.png", images, columns)
     checkpoint.write_atomically(directory / "card.json", checkpoint.to_json(card))
-    checkpoint.write_atomically(directory / "README.md", readme(card).encode())
+    write_readme(directory)

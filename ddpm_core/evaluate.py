@@ -16,15 +16,16 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ddpm_core import card, checkpoint, classifier, data, evaluation, sampling
+from ddpm_core import card, checkpoint, classifier, data_arguments, evaluation, sampling
 from ddpm_core.checkpoint import Model
-from ddpm_core.evaluation import Evaluation, Protocol
+from ddpm_core.evaluation import Evaluation, Figure, Protocol
 from ddpm_core.network import pick_device
 
 MIN_SAMPLES = 100  # below, FID says nothing and the class balance less
@@ -35,10 +36,15 @@ def build_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m ddpm_core.evaluate", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--model", type=Path, default=Path("weights/mnist"), help="default: %(default)s")
     p.add_argument("--classifier", type=Path, help="the feature space (default: weights/<data>-classifier)")
-    p.add_argument("--data", choices=sorted(data.DATASETS), default="mnist", help="default: %(default)s")
-    p.add_argument("--data-root", type=Path, default=Path("data"), help="torchvision's root (default: %(default)s)")
-    p.add_argument("--download", action="store_true", help="fetch the data set where it is missing")
-    p.add_argument("--samples", type=int, default=defaults.samples, help="images (default: %(default)s)")
+    data_arguments.add_data_arguments(p)
+    p.set_defaults(**data_arguments.DEFAULTS)
+    p.add_argument("--samples", type=int, default=defaults.samples, help="images a repeat (default: %(default)s)")
+    p.add_argument(
+        "--repeats",
+        type=int,
+        default=defaults.repeats,
+        help="sets of samples, each of other seeds (default: %(default)s)",
+    )
     p.add_argument("--sampler", default=defaults.sampler, help="sampler or preset (default: %(default)s)")
     p.add_argument("--steps", type=int, help="of the sampler (default: its own)")
     p.add_argument("--guidance-scale", type=float, default=defaults.guidance_scale, help="1: none (default)")
@@ -51,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
 def command_of(args: argparse.Namespace) -> str:
     """The command line that gives these figures again, less where the data set lies."""
     words = ["python", "-m", "ddpm_core.evaluate", "--model", args.model.as_posix()]
-    words += ["--classifier", args.classifier.as_posix(), "--data", args.data, "--samples", str(args.samples)]
+    words += ["--classifier", args.classifier.as_posix(), *data_arguments.words(vars(args))]
+    words += ["--samples", str(args.samples), "--repeats", str(args.repeats)]
     words += ["--sampler", args.sampler]
     words += [] if args.steps is None else ["--steps", str(args.steps)]
     words += ["--guidance-scale", f"{args.guidance_scale:g}", "--seed", str(args.seed), "--device", args.device]
@@ -69,6 +76,14 @@ def hardware(device: torch.device) -> str:
     return f"{name} ({device.type}, {torch.get_num_threads()} threads)"
 
 
+def entries(figures: Mapping[str, Figure], counted: str) -> dict[str, Any]:
+    """Figures as JSON; counted names what makes one set differ from another."""
+    return {
+        name: {"value": figure.value, "spread": figure.spread, counted: figure.sets, "samples": figure.samples}
+        for name, figure in figures.items()
+    }
+
+
 def report(model: Model, classifier_sha256: str, args: argparse.Namespace, evaluated: Evaluation) -> dict[str, Any]:
     """The figures as one JSON object: each in an entry that holds its number of images."""
     plan = model.plan(args.sampler, args.steps)
@@ -81,6 +96,7 @@ def report(model: Model, classifier_sha256: str, args: argparse.Namespace, evalu
             "parameters": parameters,
             "image_shape": list(model.config.image_shape),
             "classes": model.config.num_classes,
+            "train_steps": model.schedule.num_train_steps,
             "prediction_type": model.scheduler.prediction_type,
             "beta_schedule": model.scheduler.beta_schedule,
         },
@@ -94,28 +110,37 @@ def report(model: Model, classifier_sha256: str, args: argparse.Namespace, evalu
             "guidance_scale": args.guidance_scale,
             "seed": args.seed,
         },
+        "reference": {"train_images": evaluated.train_images, "test_images": evaluated.test_images},
         "metrics": {
-            **evaluated.generated.to_dict(),
-            "fid_over_floor": {"value": evaluated.fid_over_floor, "samples": evaluated.generated.samples},
+            **entries(evaluated.generated, "seeds"),
+            "fid_over_floor": {"value": evaluated.fid_over_floor, "samples": evaluated.generated["fid"].samples},
+            "bits_per_dimension": dataclasses.asdict(evaluated.test_bound),
             "class_balance": dataclasses.asdict(evaluated.balance),
         },
-        "floor": evaluated.floor.to_dict(),
+        "floor": {
+            **entries(evaluated.floor, "sets"),
+            "bits_per_dimension": dataclasses.asdict(evaluated.train_bound),
+        },
     }
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates and prints. Raises ValueError or OSError where something asked for is not there or does not fit."""
-    protocol = Protocol(args.samples, args.sampler, args.steps, args.guidance_scale, args.seed)
+    protocol = Protocol(args.samples, args.sampler, args.steps, args.guidance_scale, args.seed, args.repeats)
     if protocol.samples < MIN_SAMPLES:
         raise ValueError(f"--samples {protocol.samples} is too few to measure anything: {MIN_SAMPLES} or more")
+    if protocol.repeats < 1:
+        raise ValueError(f"--repeats {protocol.repeats} must be 1 or more")
     model = checkpoint.load_model(args.model)
     loaded = classifier.load(args.classifier)
     device = pick_device(args.device)
-    train, test = (data.load(args.data, args.data_root, train=t, download=args.download) for t in (True, False))
+    train, test = (data_arguments.load(vars(args), train=part) for part in (True, False))
     training_path = args.model / "training.json"
     training = checkpoint.read_json(training_path) if training_path.is_file() else {}
     start = time.monotonic()
-    with tqdm(total=protocol.samples + protocol.unlabelled, unit="image", mininterval=0.5, delay=0.5) as bar:
+    bounded = sum(min(protocol.bound_images, len(part.images)) for part in (train, test))
+    total = protocol.repeats * (protocol.samples + protocol.unlabelled) + bounded
+    with tqdm(total=total, unit="image", mininterval=0.5, delay=0.5) as bar:
         evaluated = evaluation.evaluate(
             model, loaded.net.to(device), train, test, protocol, device, on_batch=bar.update
         )

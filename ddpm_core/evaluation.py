@@ -1,21 +1,25 @@
-"""What the images of a model are worth: Frechet distance, label accuracy, class balance. Tensors in, numbers out.
+"""What the images of a model are worth: which ones are drawn, and what they are held against.
 
-Every figure is measured in the feature space of a classifier (classifier.py) and carries the number of images behind
-it; beside every figure of generated images stands the floor, the same figure of real ones.
+FID, KID, precision and recall, label accuracy and class balance live in the feature space of a classifier
+(classifier.py), nearness to training images in that of pixels, bits per dimension in none. Every figure carries the
+number of images behind it and its spread; beside it stands the floor, the same figure of real images.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddpm_core import data
+from ddpm_core import data, metrics
 from ddpm_core.checkpoint import Model
 from ddpm_core.classifier import Classifier
+from ddpm_core.likelihood import Bound, bits_per_dimension
+from ddpm_core.metrics import ClassBalance
 from ddpm_core.sampling import OnBatch, generate
 
 FEATURE_BATCH = 500
@@ -43,130 +47,58 @@ def features(classifier_net: Classifier, images_uint8: Tensor) -> tuple[Tensor, 
     return torch.cat(found), torch.cat(labels)
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """The FID of Heusel et al. 2017 (arXiv 1706.08500), equation 6, of two sets of features.
-
-    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2}), covariances with N - 1. S_a S_b has the eigenvalues of the
-    symmetric S_a^{1/2} S_b S_a^{1/2}, so the last trace is the sum of their roots. The estimate is biased upward, the
-    more the fewer images: compare figures of equal N only.
-
-    Args:
-        a: (N, F). b: (M, F).
-
-    Raises:
-        ValueError: a set of fewer than two, or sets of different F.
-    """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"features must be (N, F) and (M, F) with one F, not {tuple(a.shape)} and {tuple(b.shape)}")
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"a covariance needs at least 2 images a set, not {len(a)} and {len(b)}")
-    (mean_a, cov_a), (mean_b, cov_b) = _moments(a), _moments(b)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    product = root @ cov_b @ root
-    trace_of_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_of_root
-    return max(float(distance), 0.0)  # rounding can take equal sets below zero
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.to(torch.float64)
-    mean = x.mean(0)
-    centred = x - mean
-    return mean, centred.T @ centred / (len(x) - 1)
-
-
 @dataclasses.dataclass(frozen=True)
-class ClassBalance:
-    """How images are spread over the classes.
+class Figure:
+    """Mean and standard deviation (N - 1) of a figure over sets of images; spread is None where there is one set."""
 
-    chi_square is sum (count - expected)^2 / expected. Under the expected shares it stays below 27.9 in 99.9 % of
-    cases where degrees_of_freedom = 9 (ten classes); its mean is degrees_of_freedom.
-    """
-
-    samples: int
-    counts: tuple[int, ...]
-    rarest_share: float
-    commonest_share: float
-    chi_square: float
-    degrees_of_freedom: int
-
-
-def class_balance(labels: Tensor, num_classes: int, expected_shares: Tensor | None = None) -> ClassBalance:
-    """Counts labels by class.
-
-    Args:
-        labels: (N,) long, 0 .. num_classes - 1.
-        num_classes: two or more.
-        expected_shares: (num_classes,), all positive, as those of the training set; None: equal ones.
-
-    Raises:
-        ValueError: no labels, one outside its range, or shares that are none.
-    """
-    if num_classes < 2 or not len(labels):
-        raise ValueError(f"class balance needs labels and at least 2 classes, not {len(labels)} and {num_classes}")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"labels must be 0 .. {num_classes - 1}")
-    shares = torch.ones(num_classes) if expected_shares is None else expected_shares
-    shares = shares.to(torch.float64) / shares.sum()
-    if len(shares) != num_classes or not bool((shares > 0).all()):
-        raise ValueError(f"expected_shares must be {num_classes} positive numbers")
-    counts = torch.bincount(labels, minlength=num_classes)
-    expected = shares * len(labels)
-    return ClassBalance(
-        samples=len(labels),
-        counts=tuple(int(c) for c in counts),
-        rarest_share=int(counts.min()) / len(labels),
-        commonest_share=int(counts.max()) / len(labels),
-        chi_square=float(((counts - expected).square() / expected).sum()),
-        degrees_of_freedom=num_classes - 1,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Quality:
-    """FID against reference_samples test images, and the share of images whose label the classifier names.
-
-    Of several disjoint sets of images: the means.
-    """
-
-    samples: int  # a set
+    value: float
+    spread: float | None
     sets: int
-    reference_samples: int
-    fid: float
-    label_accuracy: float | None  # None: the model takes no labels
+    samples: int  # a set
 
-    def to_dict(self) -> dict[str, Any]:
-        """The two figures by name, each with its number of images."""
-        counts = {"samples": self.samples, "sets": self.sets}
-        return {
-            "fid": {"value": self.fid, **counts, "reference_samples": self.reference_samples},
-            "label_accuracy": {"value": self.label_accuracy, **counts},
-        }
+
+def over_sets(sets: Sequence[dict[str, float]], samples: int) -> dict[str, Figure]:
+    """Figures of several sets of so many images, by name -> one Figure a name."""
+    found = {}
+    for name in sets[0]:
+        values = [one[name] for one in sets]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        found[name] = Figure(statistics.fmean(values), spread, len(values), samples)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A model beside real images: the floor is what sets of as many training images reach."""
+    """A model beside real images.
 
-    generated: Quality
-    floor: Quality
-    balance: ClassBalance  # of images drawn without a label, against the shares of the training set
+    generated and floor hold Figures by name: fid, kid, precision, recall, label_accuracy (not of a model that takes no
+    labels), nearest_train_distance (median, see metrics.nearest_distances), near_copies. The floor is what sets of as
+    many training images reach against the test images; its last two are of the test images against the training set.
+    """
+
+    generated: dict[str, Figure]
+    floor: dict[str, Figure]
+    balance: ClassBalance  # of images drawn without a label, all seeds together, against the shares of the training set
+    test_bound: Bound
+    train_bound: Bound  # of images that were trained on: far below test_bound where a model overfits
     nfe: int  # network calls an image, guidance counted twice
+    train_images: int
+    test_images: int
 
     @property
     def fid_over_floor(self) -> float:
-        return self.generated.fid / max(self.floor.fid, 1e-12)
+        return self.generated["fid"].value / max(self.floor["fid"].value, 1e-12)
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
     """What is drawn and how.
 
-    Image i of the samples has the seed `seed + i` and the label of a training image, so that the classes have the
-    data's own shares: equal shares would cost a perfect model as much FID as the floor has. After them come a fifth as
-    many with "no label". The floor is the mean over up to FLOOR_SETS disjoint sets of `samples` training images; where
-    there are fewer images, over all of them. Which ones is fixed by `seed`.
+    The samples are drawn `repeats` times, each time from seeds of their own; after each come a fifth as many with
+    "no label". Image i of repeat r has the seed `seed + r * (samples + unlabelled) + i` and the label of a training
+    image, so that the classes have the data's own shares: equal shares would cost a perfect model as much FID as the
+    floor has. The floor is the mean over up to FLOOR_SETS disjoint sets of `samples` training images; where there are
+    fewer images, over all of them. Which ones is fixed by `seed`.
     """
 
     samples: int = 10_000
@@ -174,6 +106,7 @@ class Protocol:
     steps: int | None = None
     guidance_scale: float = 1.0
     seed: int = 0
+    repeats: int = 3
 
     @property
     def how(self) -> dict[str, Any]:
@@ -182,27 +115,63 @@ class Protocol:
 
     @property
     def unlabelled(self) -> int:
-        """How many images are drawn without a label."""
+        """How many images a repeat draws without a label."""
+        return self.samples // 5
+
+    @property
+    def bound_images(self) -> int:
+        """Of how many test images, and of how many training images, the likelihood is bounded."""
         return self.samples // 5
 
 
+def shuffled(images: data.ImageSet, seed: int) -> Tensor:
+    """(N,) an order of the images that is fixed by the seed."""
+    return torch.randperm(len(images.images), generator=torch.Generator().manual_seed(seed))
+
+
+def asked_labels(model: Model, train: data.ImageSet, samples: int, seed: int, repeat: int = 0) -> list[int | None]:
+    """Labels of so many training images, others for each repeat as far as there are enough; None: takes no labels."""
+    if model.null_label is None:
+        return [None] * samples
+    places = torch.arange(repeat * samples, (repeat + 1) * samples) % len(train.images)
+    labels: list[int | None] = train.labels[shuffled(train, seed)[places]].tolist()
+    return labels
+
+
+def floor_sets(train: data.ImageSet, samples: int, seed: int) -> Tensor:
+    """(sets, N) indices of disjoint sets of training images, N = samples as far as there are so many."""
+    order = shuffled(train, seed)
+    n = min(samples, len(order))
+    return order[: len(order) // n * n].reshape(-1, n)[:FLOOR_SETS]
+
+
 def quality(
-    classifier_net: Classifier, sets: Sequence[tuple[Tensor, Tensor | None]], reference_features: Tensor
-) -> Quality:
-    """FID and label accuracy of sets of images (N, C, H, W) uint8 with labels (N,) or none, all of one N."""
-    fids, rights = [], []
-    for images, labels in sets:
-        found, predicted = features(classifier_net, images)
-        fids.append(frechet_distance(found, reference_features))
-        if labels is not None:
-            rights.append(float((predicted == labels).double().mean()))
-    return Quality(
-        samples=len(sets[0][0]),
-        sets=len(sets),
-        reference_samples=len(reference_features),
-        fid=sum(fids) / len(fids),
-        label_accuracy=sum(rights) / len(rights) if rights else None,
-    )
+    classifier_net: Classifier, images: Tensor, labels: Sequence[int | None], reference_features: Tensor
+) -> dict[str, float]:
+    """Every figure that a classifier's features give of images (N, C, H, W) uint8, by name.
+
+    labels are those asked for; where one of them is None there is no label accuracy.
+    """
+    found, predicted = features(classifier_net, images)
+    precision, recall = metrics.precision_recall(reference_features, found)
+    figures = {
+        "fid": metrics.frechet_distance(found, reference_features),
+        "kid": metrics.kernel_distance(found, reference_features),
+        "precision": precision,
+        "recall": recall,
+    }
+    if None not in labels:
+        figures["label_accuracy"] = float((predicted == torch.tensor(labels)).double().mean())
+    return figures
+
+
+def floor(
+    classifier_net: Classifier, train: data.ImageSet, samples: int, seed: int, reference_features: Tensor
+) -> dict[str, Figure]:
+    """quality() of real images: of disjoint sets of so many training images."""
+    sets = floor_sets(train, samples, seed)
+    found = [quality(classifier_net, train.images[i], train.labels[i].tolist(), reference_features) for i in sets]
+    return over_sets(found, sets.shape[1])
 
 
 def evaluate(
@@ -219,43 +188,63 @@ def evaluate(
     Args:
         model: what is measured.
         classifier_net: the feature space, on any device.
-        train: gives the floor and the expected class shares.
-        test: what FID compares with.
+        train: gives the floor, the expected class shares, and what might have been memorised.
+        test: what the figures compare with.
         protocol: how many images, and how.
         device: where the model runs.
-        on_batch: called after every batch of samples + unlabelled images.
+        on_batch: called after every batch of images, drawn (repeats * (samples + unlabelled)) or bounded
+            (bound_images of either part).
 
     Raises:
-        ValueError: model, classifier and data set do not fit each other.
+        ValueError: model, classifier, data set and protocol do not fit each other.
     """
-    check_fit(model, classifier_net, test, protocol)
-    n, classes, labelled = protocol.samples, test.num_classes, model.null_label is not None
-    order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(protocol.seed))
-    labels = train.labels[order].repeat(-(-n // len(order)))[:n] if labelled else None
-    asked: list[int | None] = [None] * n if labels is None else labels.tolist()
-    seeds = range(protocol.seed, protocol.seed + n)
-    images = generate(model, device, seeds, asked, **protocol.how, on_batch=on_batch)
-    more_seeds = range(seeds.stop, seeds.stop + protocol.unlabelled)
-    unlabelled = generate(model, device, more_seeds, [None] * protocol.unlabelled, **protocol.how, on_batch=on_batch)
-
+    plan = model.plan(protocol.sampler, protocol.steps)
+    if model.null_label is None and protocol.guidance_scale != 1:
+        raise ValueError(f"{model.name} is unconditional: it takes no guidance")
+    check_fit(model, classifier_net, test)
     reference_features, _ = features(classifier_net, test.images)
-    floor_n = min(n, len(order))
-    floor_sets = order[: len(order) // floor_n * floor_n].reshape(-1, floor_n)[:FLOOR_SETS]
-    shares = torch.bincount(train.labels, minlength=classes)
-    guided = labelled and protocol.guidance_scale != 1
+    real_distances = metrics.nearest_distances(test.images, train.images)
+
+    def near(distances: Tensor) -> dict[str, float]:
+        copies = metrics.near_copies(distances, real_distances)
+        return {"nearest_train_distance": float(distances.median()), "near_copies": copies}
+
+    n, more, sets, read_as = protocol.samples, protocol.unlabelled, [], []
+    for repeat in range(protocol.repeats):
+        first = protocol.seed + repeat * (n + more)
+        asked = asked_labels(model, train, n, protocol.seed, repeat)
+        images = generate(model, device, range(first, first + n), asked, **protocol.how, on_batch=on_batch)
+        distances = metrics.nearest_distances(images, train.images)
+        sets.append({**quality(classifier_net, images, asked, reference_features), **near(distances)})
+        seeds = range(first + n, first + n + more)
+        unlabelled = generate(model, device, seeds, [None] * more, **protocol.how, on_batch=on_batch)
+        read_as.append(features(classifier_net, unlabelled)[1])
+
+    def bound(images: data.ImageSet) -> Bound:
+        chosen = shuffled(images, protocol.seed)[: protocol.bound_images]
+        labels = None if model.null_label is None else images.labels[chosen]
+        return bits_per_dimension(model, device, images.images[chosen], labels, seed=protocol.seed, on_batch=on_batch)
+
+    guided = model.null_label is not None and protocol.guidance_scale != 1
     return Evaluation(
-        generated=quality(classifier_net, [(images, labels)], reference_features),
-        floor=quality(classifier_net, [(train.images[i], train.labels[i]) for i in floor_sets], reference_features),
-        balance=class_balance(features(classifier_net, unlabelled)[1], classes, shares),
-        nfe=len(model.plan(protocol.sampler, protocol.steps)) * (2 if guided else 1),
+        generated=over_sets(sets, n),
+        floor={
+            **floor(classifier_net, train, n, protocol.seed, reference_features),
+            **over_sets([near(real_distances)], len(test.images)),
+        },
+        balance=metrics.class_balance(
+            torch.cat(read_as), test.num_classes, torch.bincount(train.labels, minlength=test.num_classes)
+        ),
+        test_bound=bound(test),
+        train_bound=bound(train),
+        nfe=len(plan) * (2 if guided else 1),
+        train_images=len(train.images),
+        test_images=len(test.images),
     )
 
 
-def check_fit(model: Model, classifier_net: Classifier, images: data.ImageSet, protocol: Protocol) -> None:
-    """Raises ValueError where model, classifier, data set and protocol do not go together."""
-    model.plan(protocol.sampler, protocol.steps)
-    if model.null_label is None and protocol.guidance_scale != 1:
-        raise ValueError(f"{model.name} is unconditional: it takes no guidance")
+def check_fit(model: Model, classifier_net: Classifier, images: data.ImageSet) -> None:
+    """Raises ValueError where model, classifier and data set do not go together."""
     shape, channels = tuple(images.images.shape[1:]), next(classifier_net.parameters()).shape[1]
     if tuple(model.config.image_shape) != shape:
         raise ValueError(f"{model.name} draws images of {tuple(model.config.image_shape)}, {images.name} has {shape}")

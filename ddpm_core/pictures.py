@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,28 @@ def save_loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float]) -
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], smooth, label=f"mean of {width} points")
     axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_fid_curves(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]], floor: float, title: str) -> None:
+    """Writes FID over network calls as a PNG: a line of (NFE, FID) points a sampler, the floor dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for (name, points), marker in zip(lines.items(), itertools.cycle("osD^vPX*"), strict=False):
+        axes.plot(*zip(*points, strict=True), marker=marker, markersize=5, linewidth=1.4, label=name)
+    axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="real images (the floor)")
+    ticks = sorted({nfe for points in lines.values() for nfe, _ in points})
+    axes.set(xlabel="network calls an image (NFE)", ylabel="FID", xscale="log", yscale="log", title=title)
+    axes.set_xticks(ticks, [str(nfe) for nfe in ticks])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)

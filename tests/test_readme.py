@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from app.settings import Settings
-from ddpm_core import card, evaluate, train
+from ddpm_core import card, evaluate, sweep, train_options
 from ddpm_core.checkpoint import WEIGHTS_NAME, sha256_of
 from tests.service.test_server import server, wait_until_ready
 
@@ -75,4 +75,5 @@ def test_every_setting_is_in_the_table_with_its_default() -> None:
 @pytest.mark.parametrize("line", re.findall(r"^\$ python -m (ddpm_core\.\w+ .*)$", README, re.MULTILINE))
 def test_every_command_line_parses(line: str) -> None:
     module, *arguments = shlex.split(line)
-    {"ddpm_core.train": train, "ddpm_core.evaluate": evaluate}[module].build_parser().parse_args(arguments)
+    modules = {"ddpm_core.train": train_options, "ddpm_core.evaluate": evaluate, "ddpm_core.sweep": sweep}
+    modules[module].build_parser().parse_args(arguments)

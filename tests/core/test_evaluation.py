@@ -1,11 +1,11 @@
-"""ddpm_core.evaluation against closed forms, and its command line end to end on real images."""
+"""ddpm_core.evaluation: what is drawn and held against what; its command line end to end on real images."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -13,111 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_core import card, checkpoint, classifier, data, evaluate, evaluation, sampling
-from ddpm_core.checkpoint import Model, SchedulerConfig
-from ddpm_core.unet import UNet, UNetConfig
+from ddpm_core import card, checkpoint, classifier, data, evaluate, evaluation, metrics, sampling
+from ddpm_core.checkpoint import Model
+from tests.networks import eight
 
 CPU = torch.device("cpu")
-
-
-def with_moments(mean: torch.Tensor, variances: torch.Tensor) -> torch.Tensor:
-    """2 F points whose mean and diagonal covariance (N - 1) are exactly these."""
-    f = len(mean)
-    offsets = torch.diag((variances * (2 * f - 1) / 2).sqrt())
-    return mean + torch.cat([offsets, -offsets])
-
-
-def test_frechet_distance_of_diagonal_covariances_is_the_hand_computed_one() -> None:
-    a = with_moments(torch.tensor([0.0, 1, 2]).double(), torch.tensor([1.0, 4, 9]).double())
-    b = with_moments(torch.tensor([3.0, 1, -2]).double(), torch.tensor([16.0, 1, 9]).double())
-    by_hand = (9 + 0 + 16) + (1 - 4) ** 2 + (2 - 1) ** 2 + (3 - 3) ** 2  # means, then roots of the variances
-    assert evaluation.frechet_distance(a, b) == pytest.approx(by_hand, abs=1e-9)
-
-
-def test_frechet_distance_of_rotated_sets_is_the_same() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(50, 6, generator=generator, dtype=torch.float64) @ torch.randn(6, 6, generator=generator).double()
-    b = torch.randn(60, 6, generator=generator, dtype=torch.float64) + 1
-    rotation, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
-    distance = evaluation.frechet_distance(a, b)
-    assert evaluation.frechet_distance(a @ rotation, b @ rotation) == pytest.approx(distance, rel=1e-10)
-
-
-def test_frechet_distance_of_gaussian_samples_approaches_the_closed_form() -> None:
-    """Correlated Gaussians that commute: the same eigenvectors, other eigenvalues, so the roots subtract."""
-    generator = torch.Generator().manual_seed(1)
-    vectors, _ = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64))
-    std_a, std_b = torch.tensor([1.0, 2, 3, 0.5, 1]).double(), torch.tensor([2.0, 1, 3, 1, 4]).double()
-    mean = torch.tensor([1.0, 0, -1, 0, 2]).double()
-    exact = float(mean.square().sum() + (std_a - std_b).square().sum())
-
-    def error(n: int) -> float:
-        z_a, z_b = torch.randn(2, n, 5, generator=generator, dtype=torch.float64)
-        found = evaluation.frechet_distance((z_a * std_a) @ vectors.T, (z_b * std_b) @ vectors.T + mean)
-        return abs(found - exact)
-
-    assert error(200_000) < 0.15
-    assert error(200_000) < error(200)
-
-
-def test_frechet_distance_is_symmetric_and_zero_of_equal_sets() -> None:
-    generator = torch.Generator().manual_seed(2)
-    a, b = torch.randn(2, 300, 20, generator=generator, dtype=torch.float64)
-    assert evaluation.frechet_distance(a, b) == pytest.approx(evaluation.frechet_distance(b, a), rel=1e-9)
-    assert 0 <= evaluation.frechet_distance(a, a) < 1e-9
-    assert 0 <= evaluation.frechet_distance(a[:5], a[:5]) < 1e-4  # fewer images than features: singular
-
-
-@pytest.mark.parametrize(
-    ("a", "b"), [((1, 3), (5, 3)), ((5, 3), (1, 3)), ((5, 3), (5, 4)), ((5,), (5, 1)), ((0, 3), (5, 3))]
-)
-def test_frechet_distance_refuses(a: tuple[int, ...], b: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"must be|at least 2"):
-        evaluation.frechet_distance(torch.ones(a), torch.ones(b))
-
-
-def test_class_balance_of_known_counts() -> None:
-    balance = evaluation.class_balance(torch.tensor([0, 0, 0, 1, 1, 2]), 4)
-    assert balance.counts == (3, 2, 1, 0)
-    assert balance.samples == 6
-    assert (balance.rarest_share, balance.commonest_share) == (0, 0.5)
-    assert balance.chi_square == pytest.approx((1.5**2 + 0.5**2 + 0.5**2 + 1.5**2) / 1.5)
-    assert balance.degrees_of_freedom == 3
-
-
-def test_class_balance_against_other_shares() -> None:
-    balance = evaluation.class_balance(torch.tensor([0, 0, 0, 1]), 2, torch.tensor([30, 10]))
-    assert balance.chi_square == pytest.approx(0)
-    assert math.isclose(balance.commonest_share, 0.75)
-
-
-@pytest.mark.parametrize(
-    ("labels", "classes", "shares"), [([], 3, None), ([3], 3, None), ([-1], 3, None), ([0], 1, None), ([0], 2, [1, 0])]
-)
-def test_class_balance_refuses(labels: list[int], classes: int, shares: list[int] | None) -> None:
-    with pytest.raises(ValueError, match=r"labels|shares"):
-        evaluation.class_balance(
-            torch.tensor(labels, dtype=torch.long), classes, None if shares is None else torch.tensor(shares)
-        )
-
-
-def tiny(num_class_embeds: int | None = 11) -> tuple[UNetConfig, SchedulerConfig]:
-    unet = UNetConfig(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4, add_attention=False,
-        num_class_embeds=num_class_embeds,
-    )  # fmt: skip
-    return unet, SchedulerConfig(prediction_type="v_prediction", timestep_spacing="trailing")
-
-
-def tiny_model(num_class_embeds: int | None = 11) -> Model:
-    unet, scheduler = tiny(num_class_embeds)
-    torch.manual_seed(0)
-    net = UNet(unet).eval().requires_grad_(False)
-    for parameter in net.parameters():
-        if not parameter.any():  # layers that start at zero would hide the label
-            parameter.normal_(std=0.2)
-    return Model("tiny", "-", net, scheduler, scheduler.schedule())
 
 
 def test_features_are_the_classifiers_own_whatever_the_batch() -> None:
@@ -134,7 +34,7 @@ def test_features_are_the_classifiers_own_whatever_the_batch() -> None:
 
 
 def test_generate_draws_image_i_from_seed_i_alone() -> None:
-    model, finished = tiny_model(), list[int]()
+    model, finished = eight(), list[int]()
     together = sampling.generate(
         model,
         CPU,
@@ -159,13 +59,13 @@ def test_generate_draws_image_i_from_seed_i_alone() -> None:
 
 def test_generate_refuses() -> None:
     with pytest.raises(ValueError, match="2 seeds but 1 labels"):
-        sampling.generate(tiny_model(), CPU, [0, 1], [0], sampler="fast")
+        sampling.generate(eight(), CPU, [0, 1], [0], sampler="fast")
     with pytest.raises(ValueError, match=r"must be 0 \.\. 9"):
-        sampling.generate(tiny_model(), CPU, [0], [10], sampler="fast")
+        sampling.generate(eight(), CPU, [0], [10], sampler="fast")
     with pytest.raises(ValueError, match="unconditional"):
-        sampling.generate(tiny_model(None), CPU, [0], [1], sampler="fast")
+        sampling.generate(eight(None), CPU, [0], [1], sampler="fast")
     with pytest.raises(ValueError, match="unconditional"):
-        sampling.generate(tiny_model(None), CPU, [0], [None], sampler="fast", guidance_scale=2.0)
+        sampling.generate(eight(None), CPU, [0], [None], sampler="fast", guidance_scale=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +73,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with weights/tiny (untrained) and weights/digits-classifier (one epoch)."""
     root = tmp_path_factory.mktemp("evaluation")
     for name, embeds in (("tiny", 11), ("unconditional", None)):
-        checkpoint.save_model(root / "weights" / name, tiny_model(embeds).net.state_dict(), *tiny(embeds))
+        model = eight(embeds)
+        checkpoint.save_model(root / "weights" / name, model.net.state_dict(), model.config, model.scheduler)
     training = {"recipe": {"lr": 0.002}, "images_seen": 0}
     checkpoint.write_atomically(root / "weights" / "tiny" / "training.json", checkpoint.to_json(training))
     out = str(root / "weights" / "digits-classifier")
@@ -189,7 +90,18 @@ def inside(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_cli(capsys: pytest.CaptureFixture[str], *options: str, name: str = "tiny") -> dict[str, Any]:
-    arguments = ["--model", f"weights/{name}", "--data", "digits", "--samples", "100", "--sampler", "fast"]
+    arguments = [
+        "--model",
+        f"weights/{name}",
+        "--data",
+        "digits",
+        "--samples",
+        "100",
+        "--sampler",
+        "fast",
+        "--repeats",
+        "2",
+    ]
     assert evaluate.main([*arguments, "--device", "cpu", *options]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return found
@@ -202,13 +114,26 @@ def test_command_line_end_to_end(inside: Path, capsys: pytest.CaptureFixture[str
     assert found["model"]["sha256"] == checkpoint.sha256_of(model_dir / "unet" / checkpoint.WEIGHTS_NAME)
     classifier_path = inside / "weights" / "digits-classifier" / "classifier.safetensors"
     assert found["classifier_sha256"] == checkpoint.sha256_of(classifier_path)
+    assert found["reference"] == {"train_images": 1437, "test_images": 360}
     for entries in (found["metrics"], found["floor"]):
         assert all(entry["samples"] > 0 for entry in entries.values())
-        assert 0 <= entries["label_accuracy"]["value"] <= 1
+        assert all(0 <= entries[share]["value"] <= 1 for share in ("label_accuracy", "precision", "recall"))
     assert found["metrics"]["fid"]["value"] > found["floor"]["fid"]["value"] > 0  # an untrained network draws noise
+    for name in ("fid", "kid", "precision", "recall", "label_accuracy", "nearest_train_distance", "near_copies"):
+        drawn, real = found["metrics"][name], found["floor"][name]
+        assert (drawn["seeds"], drawn["samples"]) == (2, 100)
+        assert drawn["spread"] >= 0
+        near = name in ("nearest_train_distance", "near_copies")
+        assert (real["sets"], real["samples"]) == ((1, 360) if near else (5, 100)), name
+        assert (real["spread"] is None) == near
+    assert found["metrics"]["kid"]["value"] > 10 * abs(found["floor"]["kid"]["value"])
+    assert found["floor"]["near_copies"]["value"] == pytest.approx(0.01, abs=0.002)
+    for bound in (found["metrics"]["bits_per_dimension"], found["floor"]["bits_per_dimension"]):
+        assert (bound["samples"], bound["calls"]) == (20, 10)
+        assert bound["value"] > bound["standard_error"] > 0
     ratio = found["metrics"]["fid"]["value"] / found["floor"]["fid"]["value"]
     assert found["metrics"]["fid_over_floor"]["value"] == pytest.approx(ratio)
-    assert found["metrics"]["class_balance"]["samples"] == sum(found["metrics"]["class_balance"]["counts"]) == 20
+    assert found["metrics"]["class_balance"]["samples"] == sum(found["metrics"]["class_balance"]["counts"]) == 40
     assert found["sampling"] == {
         "sampler": "fast", "method": "dpmpp_2m", "steps": 5, "nfe": 5, "guidance_scale": 1.0, "seed": 0,
     }  # fmt: skip
@@ -232,8 +157,8 @@ def test_command_line_repeats_its_figures_and_counts_guidance(capsys: pytest.Cap
 
 def test_command_line_measures_an_unconditional_model(capsys: pytest.CaptureFixture[str], inside: Path) -> None:
     found = run_cli(capsys, "--card", name="unconditional")
-    assert found["metrics"]["label_accuracy"]["value"] is None
-    assert found["floor"]["label_accuracy"]["value"] is not None
+    assert "label_accuracy" not in found["metrics"]
+    assert "label_accuracy" in found["floor"]
     readme = (inside / "weights" / "unconditional" / "README.md").read_text()
     assert "Not recorded." in readme
     assert "unconditional, prediction" in " ".join(readme.split())
@@ -258,6 +183,7 @@ def test_the_cards_own_examples_run(block: int, inside: Path, capsys: pytest.Cap
         (["--classifier", "weights/none"], "cannot be read"),
         (["--data", "mnist", "--data-root", "nowhere", "--classifier", "weights/digits-classifier"], "MNIST is not"),
         (["--samples", "99"], "100 or more"),
+        (["--repeats", "0"], "1 or more"),
         (["--sampler", "magic"], "not known"),
         (["--steps", "1001"], "must be 1 .. 1000"),
         (["--device", "no-such"], "no-such"),
@@ -286,42 +212,64 @@ def test_damaged_classifier_is_refused_by_its_sha256(
     assert "sha256" in capsys.readouterr().err
 
 
-def test_labels_follow_the_data_and_the_floor_is_a_mean_over_disjoint_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured: the samples' labels are those of the floor's first set, and no training image is used twice."""
+def test_what_is_drawn_and_what_the_floor_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each repeat has seeds of its own and the labels of another floor set; no training image is in two of those."""
     train, test = (data.load("digits", Path(), train=part) for part in (True, False))
-    seen: list[torch.Tensor] = []
+    measured: list[torch.Tensor] = []
     features = evaluation.features
 
     def watch(net: classifier.Classifier, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.append(images)
+        measured.append(images)
         return features(net, images)
 
-    asked: list[int | None] = []
+    drawn: list[tuple[range, list[int | None]]] = []
     generate = evaluation.generate
 
-    def listen(model: Model, device: torch.device, seeds: Any, labels: Any, **how: Any) -> torch.Tensor:
-        asked.extend(labels)
+    def listen(model: Model, device: torch.device, seeds: range, labels: Any, **how: Any) -> torch.Tensor:
+        drawn.append((seeds, labels))
         return generate(model, device, seeds, labels, **how)
 
     monkeypatch.setattr(evaluation, "features", watch)
     monkeypatch.setattr(evaluation, "generate", listen)
     torch.manual_seed(0)
     net = classifier.Classifier(1, 10).eval()
-    found = evaluation.evaluate(tiny_model(), net, train, test, evaluation.Protocol(250, "fast"), CPU)
-    floor = [images for images in seen if len(images) == 250 and any(torch.equal(images[0], i) for i in train.images)]
-    assert (found.floor.sets, found.floor.samples) == (len(floor), 250) == (5, 250)
+    protocol = evaluation.Protocol(250, "dpmpp_2m", 2, seed=7, repeats=2)
+    found = evaluation.evaluate(eight(), net, train, test, protocol, CPU)
+    seeds = [seed for some, _ in drawn for seed in some]
+    assert seeds == list(range(7, 7 + 2 * (250 + 50)))
     by_content = {image.numpy().tobytes(): int(label) for image, label in zip(train.images, train.labels, strict=True)}
-    contents = [image.numpy().tobytes() for images in floor for image in images]
     assert len(by_content) == len(train.images)
-    assert len(set(contents)) == 1250
-    assert asked == [by_content[content] for content in contents[:250]] + [None] * 50
+    floor = [images for images in measured if len(images) == 250 and images[0].numpy().tobytes() in by_content]
+    contents = [image.numpy().tobytes() for images in floor for image in images]
+    assert len(contents) == len(set(contents)) == 1250
+    assert (found.floor["fid"].sets, found.floor["fid"].samples) == (5, 250)
+    labels = [by_content[content] for content in contents]
+    assert [asked for _, asked in drawn] == [labels[:250], [None] * 50, labels[250:500], [None] * 50]
     reference, _ = features(net, test.images)
-    fids = [evaluation.frechet_distance(features(net, images)[0], reference) for images in floor]
-    assert found.floor.fid == pytest.approx(sum(fids) / 5)
+    fids = [metrics.frechet_distance(features(net, images)[0], reference) for images in floor]
+    assert found.floor["fid"].value == pytest.approx(statistics.fmean(fids))
+    assert found.floor["fid"].spread == pytest.approx(statistics.stdev(fids))
+    assert (found.generated["fid"].sets, found.balance.samples) == (2, 100)
+
+
+def test_a_model_that_hands_out_its_training_images_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its FID is the floor's: only the nearness to training images, and that of every image, gives it away."""
+    train, test = (data.load("digits", Path(), train=part) for part in (True, False))
+
+    def recite(_: Model, device: torch.device, seeds: range, labels: Any, **how: Any) -> torch.Tensor:
+        return train.images[torch.arange(seeds.start, seeds.stop) % len(train.images)]
+
+    monkeypatch.setattr(evaluation, "generate", recite)
+    torch.manual_seed(0)
+    net = classifier.Classifier(1, 10).eval()
+    found = evaluation.evaluate(eight(), net, train, test, evaluation.Protocol(200), CPU)
+    assert found.fid_over_floor < 2
+    assert found.generated["near_copies"].value == 1
+    assert found.generated["nearest_train_distance"].value == 0 < found.floor["nearest_train_distance"].value
 
 
 def test_classifier_of_another_data_set_is_refused() -> None:
     digits = data.load("digits", Path(), train=False)
     protocol = evaluation.Protocol(samples=100)
     with pytest.raises(ValueError, match="3 channels"):
-        evaluation.evaluate(tiny_model(), classifier.Classifier(3, 10).eval(), digits, digits, protocol, CPU)
+        evaluation.evaluate(eight(), classifier.Classifier(3, 10).eval(), digits, digits, protocol, CPU)

@@ -1,0 +1,193 @@
+"""Measures FID against network calls for every sampler: `python -m ddpm_core.sweep --help`.
+
+Every point has the same seeds and labels. The cheap ones come first, and each is kept as soon as it is measured: a
+sweep that was stopped goes on where it was. (After a learned plan was fitted anew, take its points out of the file.)
+It leaves in the model directory
+
+    <model>/sweep.json   every point with its figures, and the floor
+    <model>/fid_nfe.png  FID over NFE, a line a sampler
+    <model>/README.md    with both, where there is a card.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ddpm_core import card, checkpoint, classifier, data, data_arguments, evaluation, pictures, samplers, sampling
+from ddpm_core.checkpoint import Model
+from ddpm_core.classifier import Classifier
+from ddpm_core.evaluate import MIN_SAMPLES
+from ddpm_core.network import pick_device
+from ddpm_core.plans import SamplingPlan
+from ddpm_core.spacings import Spacing
+
+LINES = {**{name: (name, 0.0) for name in (*samplers.SAMPLERS, samplers.LEARNED)}, "ddim eta 1": ("ddim", 1.0)}
+"""What can be swept, by name: a sampler and its eta."""
+NFE = (3, 5, 8, 10, 20, 50, 1000)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m ddpm_core.sweep", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--model", type=Path, default=Path("weights/mnist"), help="default: %(default)s")
+    p.add_argument("--classifier", type=Path, help="the feature space (default: weights/<data>-classifier)")
+    data_arguments.add_data_arguments(p)
+    p.set_defaults(**data_arguments.DEFAULTS)
+    p.add_argument("--samplers", nargs="+", choices=LINES, default=list(LINES), help="default: all")
+    p.add_argument("--nfe", nargs="+", type=int, default=NFE, help=f"default: {' '.join(map(str, NFE))}")
+    p.add_argument("--max-nfe", type=int, help="leave out what takes more (default: T of the model)")
+    p.add_argument("--samples", type=int, default=2000, help="images a point (default: %(default)s)")
+    p.add_argument(
+        "--spacing", choices=typing.get_args(Spacing), default="trailing", help="of the timesteps (default: trailing)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the first image (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    return p
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What is measured at one place of a sweep."""
+
+    sampler: str  # a key of LINES
+    nfe: int
+    spacing: Spacing
+
+    def plan(self, model: Model) -> SamplingPlan:
+        """Raises ValueError where the model's schedule does not allow it."""
+        sampler, eta = LINES[self.sampler]
+        return samplers.build(
+            model.schedule, sampler, self.nfe,
+            eta=eta, variance=model.scheduler.variance_type, spacing=self.spacing, learned=model.learned,
+        )  # fmt: skip
+
+
+def points(args: argparse.Namespace, model: Model) -> list[Point]:
+    """What a command line asks for, the cheapest first. A learned plan has timesteps of its own, and a few lengths."""
+    most = args.max_nfe or model.schedule.num_train_steps
+    return [
+        Point(line, nfe, "trailing" if line == samplers.LEARNED else args.spacing)
+        for nfe in sorted(set(args.nfe))
+        if nfe <= most
+        for line in args.samplers
+        if line != samplers.LEARNED or nfe in model.learned
+    ]
+
+
+class Sweep:
+    """sweep.json: what every point has in common, and the points so far.
+
+    Raises:
+        ValueError: the file is of other weights, another classifier, other data, or another number or seed of images.
+    """
+
+    def __init__(self, path: Path, common: dict[str, Any]) -> None:
+        self.path = path
+        self.content = checkpoint.read_json(path) if path.is_file() else {**common, "floor": None, "points": []}
+        for name, value in common.items():
+            if self.content.get(name) != value:
+                raise ValueError(
+                    f"{path} was measured with {name} {self.content.get(name)}, this sweep has {value}: "
+                    "move the file away to begin a new one"
+                )
+
+    def has(self, point: Point) -> bool:
+        wanted = dataclasses.asdict(point).items()
+        return any(wanted <= measured.items() for measured in self.content["points"])
+
+    def keep(self, point: Point, figures: dict[str, float]) -> None:
+        self.content["points"].append({**dataclasses.asdict(point), **figures})
+        self.save()
+
+    def save(self) -> None:
+        checkpoint.write_atomically(self.path, checkpoint.to_json(self.content))
+
+    def draw(self, path: Path) -> None:
+        """Writes the picture."""
+        lines = defaultdict[str, list[tuple[int, float]]](list)
+        for point in sorted(self.content["points"], key=lambda p: p["nfe"]):
+            lines[card.line_of(point)].append((point["nfe"], point["fid"]))
+        samples, floor = self.content["samples"], self.content["floor"]["fid"]["value"]
+        pictures.save_fid_curves(path, lines, floor, f"FID of {samples:,} images")
+
+
+def measure(
+    model: Model,
+    net: Classifier,
+    train: data.ImageSet,
+    test: data.ImageSet,
+    sweep: Sweep,
+    missing: list[Point],
+    device: torch.device,
+) -> None:
+    """Measures points and keeps each of them in the sweep, after the floor."""
+    samples, seed = sweep.content["samples"], sweep.content["seed"]
+    plans = [point.plan(model) for point in missing]
+    reference_features, _ = evaluation.features(net, test.images)
+    if sweep.content["floor"] is None:
+        found = evaluation.floor(net, train, samples, seed, reference_features)
+        sweep.content["floor"] = {name: dataclasses.asdict(figure) for name, figure in found.items()}
+        sweep.save()
+    labels = evaluation.asked_labels(model, train, samples, seed)
+    with tqdm(total=samples * sum(map(len, plans)), unit="call", unit_scale=True, mininterval=0.5, delay=0.5) as bar:
+
+        def counting(calls: int) -> sampling.OnBatch:
+            return lambda images: bar.update(images * calls)
+
+        for point, plan in zip(missing, plans, strict=True):
+            bar.set_description(f"{point.sampler}, {point.nfe} NFE")
+            images = sampling.generate(
+                model, device, range(seed, seed + samples), labels,
+                plan=plan, on_batch=counting(len(plan)),
+            )  # fmt: skip
+            sweep.keep(point, evaluation.quality(net, images, labels, reference_features))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures what is not there yet. Raises ValueError or OSError where something is not there or does not fit."""
+    if args.samples < MIN_SAMPLES:
+        raise ValueError(f"--samples {args.samples} is too few to measure anything: {MIN_SAMPLES} or more")
+    model = checkpoint.load_model(args.model)
+    loaded = classifier.load(args.classifier)
+    device = pick_device(args.device)
+    net = loaded.net.to(device)
+    train, test = (data_arguments.load(vars(args), train=part) for part in (True, False))
+    evaluation.check_fit(model, net, test)
+    wanted = points(args, model)
+    if not wanted:
+        raise ValueError(f"nothing to measure: no --nfe within --max-nfe and T, {model.schedule.num_train_steps}")
+    common = {"sha256": model.sha256, "classifier_sha256": loaded.sha256, "data": args.data}
+    sweep = Sweep(args.model / card.SWEEP, {**common, "samples": args.samples, "seed": args.seed})
+    try:
+        measure(model, net, train, test, sweep, [point for point in wanted if not sweep.has(point)], device)
+    finally:
+        if sweep.content["points"]:
+            sweep.draw(args.model / card.SWEEP_PLOT)
+            card.write_readme(args.model)
+    print(card.sweep_table(sweep.content))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    args.classifier = args.classifier or Path("weights") / f"{args.data}-classifier"
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print(f"stopped: the same command goes on; what is measured is in {args.model / card.SWEEP}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
