@@ -16,6 +16,8 @@ Two minutes on two cores, half of one with --quick.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +29,7 @@ from app.engine.request import GenerateParams
 from app.engine.runner import Runner
 from app.engine.selfcheck import MOST_ROWS, PINNED_ROWS, find_exactness
 from benchmarks.machine import MODEL, ROOT, busy_cores, print_json, table
+from benchmarks.turns import Side, in_turns, rounds_within
 from ddpm_core.network import TorchNetwork
 
 STEP_ROWS = (1, 4, 64)
@@ -36,22 +39,10 @@ POOL_ROWS = (1, 2, 4, 8)
 FEWEST, MOST = 5, 60  # rounds; between them as many as the time allows
 
 
-def in_turns(sides: Sequence[tuple[Callable[[], object], Callable[[], object]]], seconds: float) -> list[float]:
-    """Median seconds of each side's call; a side is what prepares its turn, and what is timed."""
-    took: list[list[float]] = [[] for _ in sides]
-    until = time.perf_counter() + seconds
-    for turn in range(MOST):
-        if turn >= FEWEST and time.perf_counter() > until:
-            break
-        for k in range(len(sides))[:: -1 if turn % 2 else 1]:
-            prepare, call = sides[k]
-            prepare()
-            call()
-            for _ in range(TIMED):
-                start = time.perf_counter()
-                call()
-                took[k].append(time.perf_counter() - start)
-    return [statistics.median(of_side) for of_side in took]
+def medians_of(sides: Sequence[Side], seconds: float) -> list[float]:
+    """Median seconds of each side's call."""
+    took = in_turns(sides, rounds_within(seconds, FEWEST, MOST), TIMED)
+    return [statistics.median(itertools.chain(*of_side)) for of_side in took]
 
 
 def step_in_turns(
@@ -67,7 +58,10 @@ def step_in_turns(
         for error in runner.advance(rows).values():
             raise error
 
-    medians = in_turns([(a, step), (b, step)], seconds)
+    def after(setting: Callable[[], object]) -> Side:
+        return Side(step, lambda: (setting(), step()))
+
+    medians = medians_of([after(a), after(b)], seconds)
     for row in rows:
         runner.release(row)
     return medians
@@ -117,8 +111,9 @@ def calls(runner: Runner, seconds: float) -> list[dict[str, Any]]:
     for count in CALL_ROWS:
         x_t, t = torch.randn(count, *runner.info.image_shape), torch.linspace(1, 900, count)
         label = torch.arange(count) % classes if classes else None
-        sides = [(lambda: None, lambda network=network: network(x_t, t, label)) for network in networks]  # noqa: B023
-        onnx, plain = (1000 * s / count for s in in_turns(sides, seconds))
+        network_calls = [functools.partial(network, x_t, t, label) for network in networks]
+        sides = [Side(call, before=call) for call in network_calls]
+        onnx, plain = (1000 * s / count for s in medians_of(sides, seconds))
         found.append(
             {
                 "rows": count, "onnxruntime_ms_per_row": round(onnx, 3), "torch_ms_per_row": round(plain, 3),

@@ -15,7 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MODEL = Path("weights/mnist")  # seen from ROOT, where every benchmark and every server that it starts works
 NOISE = 0.2  # cores that others may use before a benchmark warns
-LIBRARIES = ("torch", "onnxruntime", "numpy", "fastapi", "starlette", "uvicorn", "httpx", "diffusers", "litserve")
+LIBRARIES = (
+    "torch", "onnxruntime", "numpy", "fastapi", "starlette", "uvicorn", "httpx",
+    "diffusers", "denoising-diffusion-pytorch", "litserve",
+)  # fmt: skip
 
 
 def version(library: str) -> str | None:

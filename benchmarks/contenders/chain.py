@@ -1,4 +1,4 @@
-"""DDIM as diffusers' users write it: what the two contenders without our engine share."""
+"""DDIM as diffusers' users write it: what the contenders without our engine share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel
+from torch import Tensor
 
 from benchmarks.machine import MODEL
 
@@ -29,21 +30,32 @@ class DrawRequest(BaseModel):
 class Chain:
     """The shipped weights in diffusers' network and sampler."""
 
-    def __init__(self) -> None:
-        self.unet = UNet2DModel.from_pretrained(MODEL / "unet").eval()
+    def __init__(self, memory_format: torch.memory_format = torch.contiguous_format) -> None:
+        self.unet = UNet2DModel.from_pretrained(MODEL / "unet").to(memory_format=memory_format).eval()
         self.scheduler = DDIMScheduler.from_pretrained(MODEL / "scheduler", timestep_spacing="trailing")
 
-    @torch.inference_mode()
     def draw(self, seeds: Sequence[int], labels: Sequence[int], steps: int) -> NDArray[np.uint8]:
         """One image a seed and label, (B, H, W)."""
         shape = self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size
-        x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        class_labels = torch.tensor(labels)
+        x_T = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return self.denoise(x_T, labels, steps)
+
+    @torch.inference_mode()
+    def denoise(self, x_T: Tensor, labels: Sequence[int], steps: int) -> NDArray[np.uint8]:
+        """The same from the noise given, (B, C, H, W)."""
+        x, class_labels = x_T, torch.tensor(labels)
         self.scheduler.set_timesteps(steps)
         for t in self.scheduler.timesteps:
-            x = self.scheduler.step(self.unet(x, t, class_labels).sample, t, x, eta=0.0).prev_sample
-        pixels: NDArray[np.uint8] = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()[:, 0]
-        return pixels
+            v_hat = self.unet(x, t, class_labels).sample
+            # eps is taken from the clipped x_0_hat, as our sampler does: all contenders draw the same image
+            x = self.scheduler.step(v_hat, t, x, eta=0.0, use_clipped_model_output=True).prev_sample
+        return to_uint8(x)
+
+
+def to_uint8(x: Tensor) -> NDArray[np.uint8]:
+    """(B, 1, H, W) in [-1, 1] -> (B, H, W)."""
+    pixels: NDArray[np.uint8] = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()[:, 0]
+    return pixels
 
 
 def png(images: NDArray[np.uint8]) -> bytes:

@@ -1,0 +1,100 @@
+"""The rate of one network call, beside that of a matrix product.
+
+What: GFLOP/s of a call of 1, 4, 16 and 64 rows by ONNX Runtime and by torch, and their share of the rate of a float32
+product of two 2048 x 2048 matrices by torch. FLOPs are counted by torch.utils.flop_counter in torch's network, a
+multiplication and an addition each for one; those of norms and activations are not counted, their time is.
+How: one process; the three take turns, a call of each that is not timed goes before those that are; medians of rounds,
+shares within a round, and in brackets the least and the most of the rounds.
+On what: weights/mnist on the CPU, with as many threads as torch has by itself.
+
+    python benchmarks/network.py [--quick]
+
+A minute on two cores, a few seconds with --quick (one call of each at 1 and 16 rows).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.machine import MODEL, ROOT, busy_cores, print_json, table
+from benchmarks.turns import Side, Spread, in_turns, medians, ratio, rounds_within
+from ddpm_core.checkpoint import Model, load_model
+from ddpm_core.network import OnnxNetwork, TorchNetwork
+
+ROWS, QUICK_ROWS = (1, 4, 16, 64), (1, 16)
+SIZE = 2048
+PRODUCT_GFLOP = 2 * SIZE**3 / 1e9
+SECONDS, TIMED = 12.0, 4  # of a number of rows, and calls of a side in a round
+FEWEST, MOST = 3, 40  # rounds; between them as many as the time allows
+GOAL = {1: 0.6, 16: 0.75, 64: 0.75}  # share of the product's rate, by rows
+
+CPU = torch.device("cpu")
+
+
+def gflop(call: Callable[[], object]) -> float:
+    """What torch computes in a call, in GFLOP."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops()) / 1e9
+
+
+def rates(model: Model, rows: int, rounds: Iterable[int], timed: int) -> dict[str, Any]:
+    """GFLOP/s and shares at one number of rows."""
+    x_t, t = torch.randn(rows, *model.config.image_shape), torch.linspace(1, 900, rows)
+    label = None if model.null_label is None else torch.arange(rows) % model.config.num_classes
+    onnx, eager = model.network(CPU), TorchNetwork(model.net, CPU)
+    if not isinstance(onnx, OnnxNetwork):
+        raise SystemExit("ONNX Runtime does not run this network: there is nothing to compare")
+    a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
+    calls = [functools.partial(network, x_t, t, label) for network in (onnx, eager)]
+    sides = [Side(call, before=call) for call in (*calls, functools.partial(torch.mm, a, b))]
+    *networks, product = in_turns(sides, rounds, timed)
+    each = gflop(calls[1])
+    found: dict[str, Any] = {"rows": rows, "gflop": round(each, 4), "rounds": len(product)}
+    found["product_gflops"] = Spread.of(PRODUCT_GFLOP / s for s in medians(product))
+    for name, took in zip(("onnxruntime", "torch"), networks, strict=True):
+        slower = ratio(product, took)
+        found |= {
+            f"{name}_ms_per_row": Spread.of(1000 * s / rows for s in medians(took)),
+            f"{name}_gflops": Spread.of(each / s for s in medians(took)),
+            f"{name}_share": slower.times(each / PRODUCT_GFLOP),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="shows that everything runs; its figures mean little")
+    quick = parser.parse_args().quick
+
+    busy, model = busy_cores(), load_model(ROOT / MODEL)
+    if quick:
+        found = [rates(model, rows, range(1), 1) for rows in QUICK_ROWS]
+    else:
+        found = [rates(model, rows, rounds_within(SECONDS, FEWEST, MOST), TIMED) for rows in ROWS]
+    header = [
+        "rows of a call", "matrix product, GFLOP/s", "ONNX Runtime, GFLOP/s", "share of the product",
+        "torch, GFLOP/s", "share of the product",
+    ]  # fmt: skip
+    columns = ("rows", "product_gflops", "onnxruntime_gflops", "onnxruntime_share", "torch_gflops", "torch_share")
+    print(table(header, [[of[column] for column in columns] for of in found]))
+    goals = {}
+    for of in found:
+        if goal := GOAL.get(of["rows"]):
+            share = of["onnxruntime_share"].median
+            goals[of["rows"]] = {"goal": goal, "share": round(share, 3), "met": share >= goal}
+            print(f"share at {of['rows']} rows: {share:.0%}, goal {goal:.0%}")
+    print_json(
+        "network", busy_cores_before=busy, threads=torch.get_num_threads(),
+        calls=[{k: v.json(4) if isinstance(v, Spread) else v for k, v in of.items()} for of in found], goals=goals,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
