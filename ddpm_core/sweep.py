@@ -1,7 +1,7 @@
 """Measures FID against network calls for every sampler: `python -m ddpm_core.sweep --help`.
 
 Every point has the same seeds and labels. The cheap ones come first, and each is kept as soon as it is measured: a
-sweep that was stopped goes on where it was. (After a learned plan was fitted anew, take its points out of the file.)
+sweep that was stopped goes on where it was. A learned plan that was fitted anew is measured anew.
 It leaves in the model directory
 
     <model>/sweep.json   every point with its figures, and the floor
@@ -16,6 +16,7 @@ import dataclasses
 import sys
 import typing
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from ddpm_core.network import pick_device
 from ddpm_core.plans import SamplingPlan
 from ddpm_core.spacings import Spacing
 
-LINES = {**{name: (name, 0.0) for name in (*samplers.SAMPLERS, samplers.LEARNED)}, "ddim eta 1": ("ddim", 1.0)}
-"""What can be swept, by name: a sampler and its eta."""
+LINES = {**{name: (name, 0.0) for name in (*samplers.SAMPLERS, samplers.LEARNED)}, "ddim eta 0.5": ("ddim", 0.5)}
+"""What can be swept, by name: a sampler and its eta. (ddim with eta 1 is ddpm.)"""
 NFE = (3, 5, 8, 10, 20, 50, 1000)
 
 
@@ -99,12 +100,15 @@ class Sweep:
                     "move the file away to begin a new one"
                 )
 
-    def has(self, point: Point) -> bool:
-        wanted = dataclasses.asdict(point).items()
+    def has(self, point: Point, plan: SamplingPlan) -> bool:
+        wanted = {**dataclasses.asdict(point), "plan_sha256": plan.sha256}.items()
         return any(wanted <= measured.items() for measured in self.content["points"])
 
-    def keep(self, point: Point, figures: dict[str, float]) -> None:
-        self.content["points"].append({**dataclasses.asdict(point), **figures})
+    def keep(self, point: Point, plan: SamplingPlan, figures: dict[str, float]) -> None:
+        """In the place of what was measured there with another plan."""
+        place = dataclasses.asdict(point)
+        others = [measured for measured in self.content["points"] if not place.items() <= measured.items()]
+        self.content["points"] = [*others, {**place, "plan_sha256": plan.sha256, **figures}]
         self.save()
 
     def save(self) -> None:
@@ -125,30 +129,31 @@ def measure(
     train: data.ImageSet,
     test: data.ImageSet,
     sweep: Sweep,
-    missing: list[Point],
+    missing: Sequence[tuple[Point, SamplingPlan]],
     device: torch.device,
 ) -> None:
     """Measures points and keeps each of them in the sweep, after the floor."""
     samples, seed = sweep.content["samples"], sweep.content["seed"]
-    plans = [point.plan(model) for point in missing]
     reference_features, _ = evaluation.features(net, test.images)
     if sweep.content["floor"] is None:
         found = evaluation.floor(net, train, samples, seed, reference_features)
         sweep.content["floor"] = {name: dataclasses.asdict(figure) for name, figure in found.items()}
         sweep.save()
     labels = evaluation.asked_labels(model, train, samples, seed)
-    with tqdm(total=samples * sum(map(len, plans)), unit="call", unit_scale=True, mininterval=0.5, delay=0.5) as bar:
+    with tqdm(
+        total=samples * sum(len(plan) for _, plan in missing), unit="call", unit_scale=True, mininterval=0.5, delay=0.5
+    ) as bar:
 
         def counting(calls: int) -> sampling.OnBatch:
             return lambda images: bar.update(images * calls)
 
-        for point, plan in zip(missing, plans, strict=True):
+        for point, plan in missing:
             bar.set_description(f"{point.sampler}, {point.nfe} NFE")
             images = sampling.generate(
                 model, device, range(seed, seed + samples), labels,
                 plan=plan, on_batch=counting(len(plan)),
             )  # fmt: skip
-            sweep.keep(point, evaluation.quality(net, images, labels, reference_features))
+            sweep.keep(point, plan, evaluation.quality(net, images, labels, reference_features))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -167,7 +172,8 @@ def run(args: argparse.Namespace) -> None:
     common = {"sha256": model.sha256, "classifier_sha256": loaded.sha256, "data": args.data}
     sweep = Sweep(args.model / card.SWEEP, {**common, "samples": args.samples, "seed": args.seed})
     try:
-        measure(model, net, train, test, sweep, [point for point in wanted if not sweep.has(point)], device)
+        plans = [(point, point.plan(model)) for point in wanted]
+        measure(model, net, train, test, sweep, [(p, plan) for p, plan in plans if not sweep.has(p, plan)], device)
     finally:
         if sweep.content["points"]:
             sweep.draw(args.model / card.SWEEP_PLOT)

@@ -58,13 +58,13 @@ def test_every_sampler_is_measured_at_every_nfe(arguments: list[str], capsys: py
 
 
 def test_a_point_is_what_the_evaluation_measures_of_those_images(arguments: list[str]) -> None:
-    assert sweep.main([*arguments, "--nfe", "3", "--samplers", "ddim eta 1", "--spacing", "quadratic"]) == 0
+    assert sweep.main([*arguments, "--nfe", "3", "--samplers", "ddim eta 0.5", "--spacing", "quadratic"]) == 0
     found = content(arguments)
     (point,) = found["points"]
     train, test = (data.load("digits", Path(), train=part) for part in (True, False))
     model, net = checkpoint.load_model(Path(arguments[1])), classifier.load(Path(arguments[3])).net
     labels = evaluation.asked_labels(model, train, 100, 5)
-    plan = sweep.Point("ddim eta 1", 3, "quadratic").plan(model)
+    plan = sweep.Point("ddim eta 0.5", 3, "quadratic").plan(model)
     assert plan.d[0] > 0
     images = sampling.generate(model, CPU, range(5, 105), labels, plan=plan)
     reference, _ = evaluation.features(net, test.images)
@@ -72,7 +72,7 @@ def test_a_point_is_what_the_evaluation_measures_of_those_images(arguments: list
     assert {key: point[key] for key in figures} == pytest.approx(figures, rel=1e-6)
     floor = evaluation.floor(net, train, 100, 5, reference)
     assert found["floor"]["fid"]["value"] == pytest.approx(floor["fid"].value)
-    assert card.line_of(point) == "ddim eta 1, quadratic"
+    assert card.line_of(point) == "ddim eta 0.5, quadratic"
 
 
 def test_a_stopped_sweep_goes_on_and_measures_nothing_twice(
