@@ -27,7 +27,8 @@ from torch import Tensor
 from ddpm_core import learned, samplers, schedules
 from ddpm_core.denoiser import Denoiser
 from ddpm_core.diffusion import Prediction
-from ddpm_core.network import GraphError, Network, OnnxNetwork, TorchNetwork, export_graph
+from ddpm_core.graph import export_graph
+from ddpm_core.network import GraphError, Network, OnnxNetwork, TorchNetwork
 from ddpm_core.plans import SamplingPlan, Variance
 from ddpm_core.schedules import NoiseSchedule
 from ddpm_core.spacings import Spacing

@@ -198,7 +198,7 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        time = self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        time = self.time_emb_proj(temb)[:, :, None, None]
         if self.scale_shift:
             gain, shift = time.chunk(2, dim=1)
             h = self.norm2(h) * (1 + gain) + shift
@@ -359,17 +359,22 @@ class UNet(nn.Module):
         Raises:
             ValueError: a label is missing, or the network takes none.
         """
+        return self.denoise(x_t, self.embed(t, label, x_t.dtype))
+
+    def embed(self, t: Tensor, label: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What every residual block projects for itself: SiLU of t's embedding plus the label's. (B, temb_channels)."""
         c = self.config
         if (label is None) == bool(c.num_class_embeds):
             raise ValueError("this network needs labels" if c.num_class_embeds else "this network takes no labels")
         emb = sinusoidal_embedding(
             t, c.block_out_channels[0], flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift
         )
-        temb = self.time_embedding(emb.to(x_t.dtype))
-        if label is not None:
-            temb = temb + self.class_embedding(label)
+        temb: Tensor = self.time_embedding(emb.to(dtype))
+        return F.silu(temb if label is None else temb + self.class_embedding(label))
 
-        x = self.conv_in(2 * x_t - 1 if c.center_input_sample else x_t)
+    def denoise(self, x_t: Tensor, temb: Tensor) -> Tensor:
+        """The network behind its embeddings: x_t (B, C, H, W), temb of embed() -> (B, C, H, W)."""
+        x = self.conv_in(2 * x_t - 1 if self.config.center_input_sample else x_t)
         skips = [x]
         for level in _levels(self.down_blocks):
             for i in range(level.depth):
