@@ -73,9 +73,9 @@ def notes(card: Mapping[str, Any]) -> list[str]:
         f"floor's: {metrics['fid_over_floor']['value']:.2f}.",
         "Label accuracy: share of images that the classifier reads as the label asked for.",
         "Memorisation, in pixels: the median distance (L2, black to white is 1) from an image to the nearest of the "
-        f"{train_images:,} training images, and the share of images nearer to one than all but the nearest 1 % of the "
-        f"{test_images:,} test images are. The floor is the test images' own, so its share is 0.01; a model that "
-        f"copies has more. Ratio of the two medians: {near / max(real_near, 1e-12):.3f}.",
+        f"{train_images:,} training images, and the share of images as near to one as the nearest 1 % of the "
+        f"{test_images:,} test images are. The floor is the test images' own; a model that copies has more. "
+        f"Ratio of the two medians: {near / max(real_near, 1e-12):.3f}.",
         f"Bits per dimension: the variational bound of the {card['model']['train_steps']:,}-step ancestral chain, "
         f"{condition}of {bound['samples']:,} test images and, in the floor's column, of {train_bound['samples']:,} "
         f"training images; stratified over t, {bound['calls']} network calls an image, ± the standard error.",
@@ -95,12 +95,12 @@ def read_sweep(directory: Path, sha256: str) -> dict[str, Any] | None:
     """The sweep beside the weights, where there is one of these weights. Raises CheckpointError where it is damaged."""
     path = directory / SWEEP
     sweep = checkpoint.read_json(path) if path.is_file() else {}
-    return sweep if sweep.get("sha256") == sha256 else None
+    return sweep if sweep.get("sha256") == sha256 and sweep["points"] else None
 
 
 def line_of(point: Mapping[str, Any]) -> str:
     """The name of a sweep's curve that a point belongs to."""
-    name: str = point["sampler"]
+    name = point["sampler"] + (f" eta {point['eta']:g}" if point["eta"] else "")
     return name if point["spacing"] == "trailing" else f"{name}, {point['spacing']}"
 
 
@@ -119,7 +119,7 @@ def sweep_table(sweep: Mapping[str, Any]) -> str:
     return _table([["sampler", *(f"{nfe} NFE" for nfe in calls)], *rows])
 
 
-def _sweep_section(sweep: Mapping[str, Any] | None, path: str) -> str:
+def _sweep_section(sweep: Mapping[str, Any] | None) -> str:
     if sweep is None:
         return ""
     floor = sweep["floor"]["fid"]
@@ -131,7 +131,7 @@ def _sweep_section(sweep: Mapping[str, Any] | None, path: str) -> str:
 {sweep_table(sweep)}
 
 FID (label accuracy) of {sweep["samples"]:,} images, the same seeds and labels at every point, by
-`python -m ddpm_core.sweep --model {path} --samples {sweep["samples"]} --seed {sweep["seed"]}`. The floor of
+`{sweep["command"]}`. The floor of
 {floor["samples"]:,} real images is {floor["value"]:.3f}: FID is the higher the fewer there are. KID, precision and
 recall of every point are in `{SWEEP}`.
 
@@ -222,7 +222,7 @@ Measured on {card["hardware"]} by
 
 plus `--data-root` where the data set lies elsewhere. All figures, with their numbers of images, are in `card.json`.
 
-{_sweep_section(sweep, path)}## Training
+{_sweep_section(sweep)}## Training
 
 {training or "Not recorded."}
 

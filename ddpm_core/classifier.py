@@ -138,13 +138,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None, help="default: weights/<data>-classifier")
     args = parser.parse_args(argv)
     try:
+        out = data_arguments.classifier_of(vars(args), args.out, "--out")
         train, test = (data_arguments.load(vars(args), train=part) for part in (True, False))
         net = fit(train, epochs=args.epochs, seed=args.seed)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     content = save({k: v.contiguous() for k, v in net.state_dict().items()})
-    out = args.out or Path("weights") / f"{args.data}-classifier"
     checkpoint.write_atomically(out / "classifier.safetensors", content)
     card = {
         "data": args.data,

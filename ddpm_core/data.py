@@ -144,11 +144,13 @@ def _folder(root: Path, train: bool, download: bool, options: Options) -> ImageS
     seen = set(labels)
     if empty := [str(root / name) for name, label in label_of.items() if label not in seen]:
         raise FileNotFoundError(f"no image in {', '.join(empty)}; its name ends in one of {', '.join(IMG_EXTENSIONS)}")
-    with ThreadPoolExecutor() as pool:
-        read = functools.partial(image_files.read, size=options.size, channels=options.channels or 3)
-        return ImageSet(
-            str(root), _stack(paths, pool.map(read, paths)), torch.tensor(labels), len(classes), tuple(classes)
-        )
+    read = functools.partial(image_files.read, size=options.size, channels=options.channels or 3)
+    pool = ThreadPoolExecutor()
+    try:
+        images = _stack(paths, pool.map(read, paths))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a bad image the others are not read
+    return ImageSet(str(root), images, torch.tensor(labels), len(classes), tuple(classes))
 
 
 def _part(root: Path, train: bool) -> Path:
@@ -175,7 +177,13 @@ def _stack(names: Sequence[object], images: Iterable[image_files.Pixels]) -> Ten
     whole = torch.empty(0)
     for index, image in enumerate(images):
         if index == 0:
-            whole = torch.empty(len(names), *image.shape, dtype=torch.uint8)
+            try:
+                whole = torch.empty(len(names), *image.shape, dtype=torch.uint8)
+            except RuntimeError as error:  # torch's lack of memory
+                raise ValueError(
+                    f"{len(names):,} images of {tuple(image.shape)} do not fit into memory: "
+                    "make them smaller with --image-size"
+                ) from error
         if image.shape != whole.shape[1:]:
             (_, h, w), (_, height, width) = whole.shape[1:], image.shape
             raise ValueError(
@@ -219,5 +227,7 @@ def load(name: str, root: Path, *, train: bool, download: bool = False, options:
     """
     if name not in DATASETS:
         raise ValueError(f"no data set {name!r}; known: {', '.join(DATASETS)}")
+    if download and name == "folder":
+        raise ValueError("--download fetches known data sets; a folder holds your own images")
     options = options or Options()
     return _reshaped(DATASETS[name](root, train, download, options), options)

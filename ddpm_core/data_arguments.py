@@ -37,6 +37,17 @@ def load(given: Mapping[str, Any], *, train: bool) -> data.ImageSet:
     )
 
 
+def classifier_of(given: Mapping[str, Any], path: Path | None, option: str) -> Path:
+    """Where the feature space of a data set lies: as given, else in weights/<data>-classifier.
+
+    Raises:
+        ValueError: the data set is a folder and no path is given; every folder would have the same one.
+    """
+    if path is None and given["data"] == "folder":
+        raise ValueError(f"name the folder of these images' feature space with {option}")
+    return path or Path("weights") / f"{given['data']}-classifier"
+
+
 def words(given: Mapping[str, Any]) -> list[str]:
     """The command line that names the same data set, less where it lies."""
     shape = {"--image-size": given["image_size"], "--image-channels": given["image_channels"]}

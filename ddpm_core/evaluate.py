@@ -129,8 +129,6 @@ def run(args: argparse.Namespace) -> None:
     protocol = Protocol(args.samples, args.sampler, args.steps, args.guidance_scale, args.seed, args.repeats)
     if protocol.samples < MIN_SAMPLES:
         raise ValueError(f"--samples {protocol.samples} is too few to measure anything: {MIN_SAMPLES} or more")
-    if protocol.repeats < 1:
-        raise ValueError(f"--repeats {protocol.repeats} must be 1 or more")
     model = checkpoint.load_model(args.model)
     loaded = classifier.load(args.classifier)
     device = pick_device(args.device)
@@ -162,8 +160,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    args.classifier = args.classifier or Path("weights") / f"{args.data}-classifier"
     try:
+        args.classifier = data_arguments.classifier_of(vars(args), args.classifier, "--classifier")
         run(args)
     except KeyboardInterrupt:
         return 130

@@ -8,6 +8,7 @@ number of images behind it and its spread; beside it stands the floor, the same 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from ddpm_core.checkpoint import Model
 from ddpm_core.classifier import Classifier
 from ddpm_core.likelihood import Bound, bits_per_dimension
 from ddpm_core.metrics import ClassBalance
+from ddpm_core.noise import MAX_SEED
 from ddpm_core.sampling import OnBatch, generate
 
 FEATURE_BATCH = 500
@@ -99,6 +101,9 @@ class Protocol:
     image, so that the classes have the data's own shares: equal shares would cost a perfect model as much FID as the
     floor has. The floor is the mean over up to FLOOR_SETS disjoint sets of `samples` training images; where there are
     fewer images, over all of them. Which ones is fixed by `seed`.
+
+    Raises:
+        ValueError: a number outside its range.
     """
 
     samples: int = 10_000
@@ -107,6 +112,15 @@ class Protocol:
     guidance_scale: float = 1.0
     seed: int = 0
     repeats: int = 3
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats={self.repeats} must be 1 or more")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number")
+        last = self.seed + self.repeats * (self.samples + self.unlabelled) - 1
+        if not 0 <= self.seed <= last <= MAX_SEED:
+            raise ValueError(f"seed={self.seed} must be 0 or more, and the last image's, {last}, at most {MAX_SEED}")
 
     @property
     def how(self) -> dict[str, Any]:

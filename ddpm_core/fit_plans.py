@@ -1,5 +1,7 @@
 """Fits learned plans to a model: `python -m ddpm_core.fit_plans --help`. Writes <model>/learned.json (learned.py).
 
+A plan is kept as soon as it is fitted, beside those of other lengths that are there.
+
 No data set is needed: the plans are held to what the network itself draws with many steps.
 """
 
@@ -10,7 +12,6 @@ import functools
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -63,8 +64,10 @@ def run(args: argparse.Namespace) -> None:
     def check(plan: SamplingPlan) -> float:
         return float((draw_check(plan) - wanted_check).flatten(1).square().mean(1).sqrt().mean())
 
-    found: dict[int, SamplingPlan] = {}
-    facts: dict[str, Any] = {}
+    path = args.model / learned.PLANS_NAME
+    found = dict(model.learned)  # of other lengths: they stay
+    facts = checkpoint.read_json(path)["fit"] if found else {}
+    options = {"teacher_steps": args.teacher_steps, "images": args.images, "iterations": args.iterations}
     for steps in args.steps:
         start = spacings.timesteps(model.schedule, steps, "trailing")
         form = learned.Form(plans.dpmpp_2m, model.schedule, start)
@@ -74,13 +77,11 @@ def run(args: argparse.Namespace) -> None:
                 bar.set_postfix_str(f"difference {step.error:.4f}")
         found[steps] = step.plan
         start_plan = form.plan(np.zeros(form.size))
-        facts[str(steps)] = {"difference": check(step.plan), "difference_of_start": check(start_plan)}
+        facts[str(steps)] = {**options, "difference": check(step.plan), "difference_of_start": check(start_plan)}
         print(f"{steps} steps: {facts[str(steps)]} on {args.images} images that it was not fitted to", flush=True)
-    options = {"teacher_steps": args.teacher_steps, "images": args.images, "iterations": args.iterations}
-    content = learned.to_json(found, model.sha256, {**options, "by_steps": facts})
-    checkpoint.write_atomically(args.model / learned.PLANS_NAME, checkpoint.to_json(content))
-    print(f"wrote {args.model / learned.PLANS_NAME}")
-    print(json.dumps(content["fit"]))
+        checkpoint.write_atomically(path, checkpoint.to_json(learned.to_json(found, model.sha256, facts)))
+    print(f"wrote {path}")
+    print(json.dumps(facts))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 Exported as it stands, more time of a call with few rows goes into what lies between the convolutions than into them.
 Here every shape but the number of rows is a constant; a group normalisation's gain and shift are a BatchNormalization,
 which the runtime's blocked layout takes in; attention works on (channels, positions), so that its projections are
-convolutions and nothing is transposed. docs/log.md has the figures.
+convolutions and features are not transposed. docs/log.md has the figures.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_core.unet import Attention, ResnetBlock2D, UNet
+
+FORM = "2"  # of the graphs made here, written into each: raise it when what they consist of changes
 
 
 class _GroupNorm(nn.Module):
@@ -128,6 +130,6 @@ def export_graph(net: UNet, weights_sha256: str) -> bytes:
             input_names=list(inputs), output_names=["output"], dynamic_shapes=tuple({0: rows} for _ in inputs),
         )  # fmt: skip
     assert program is not None
-    program.model.metadata_props["weights_sha256"] = weights_sha256
+    program.model.metadata_props.update({"weights_sha256": weights_sha256, "form": FORM})
     content: bytes = program.model_proto.SerializeToString()
     return content

@@ -1,8 +1,8 @@
 """Learned plans: a sampler's timesteps and coefficients, fitted to one network so that few calls do the work of many.
 
 A plan is a table of numbers, so it can be fitted like any parameters; the network's weights stay as they are. From the
-same noise the short plan's images are to be those of a long one (after Shen et al. 2025, arXiv 2502.17423, who match a
-teacher's solution too). Some twenty numbers are fitted on some hundred images, by Levenberg and Marquardt's least
+same noise the short plan's images are to be those of a long one (after Frankel et al. 2025, arXiv 2502.17423, who match
+a teacher's solution too). Some twenty numbers are fitted on some hundred images, by Levenberg and Marquardt's least
 squares with differences for derivatives: no gradients of the network are needed, so whatever runs it fast fits it fast.
 
 learned.json lies beside the weights that its plans were fitted to and names them by their sha256.
@@ -25,6 +25,7 @@ from ddpm_core.schedules import Float64Array, NoiseSchedule
 
 PLANS_NAME = "learned.json"
 HISTORY = 3  # x_0_hats that a learned step sees
+MOST_HISTORY = 4  # columns of any plan's a and b
 DIFFERENCE = 1e-3  # of a parameter, for the derivatives
 TABLES = ("timesteps", "alpha_bars", "a", "b", "d")
 
@@ -51,24 +52,24 @@ def load(path: Path, sha256: str) -> dict[int, SamplingPlan]:
         content = json.loads(path.read_text("utf-8"))
         if content["weights_sha256"] != sha256:
             raise StalePlans("was fitted to other weights")
-        plans = {
-            steps: SamplingPlan("learned", **{k: np.array(tables[k], np.float64) for k in TABLES})
-            for steps, tables in content["plans"].items()
-        }
-        for steps, plan in plans.items():
-            _check(plan, steps)
+        plans = [_plan(steps, tables) for steps, tables in content["plans"].items()]
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a field is missing or wrong: {error!r}") from error
-    return {len(plan): plan for plan in plans.values()}
+    return {len(plan): plan for plan in plans}
 
 
-def _check(plan: SamplingPlan, steps: str) -> None:
-    """Raises ValueError where a plan read from a file is none that we could have written."""
-    tables = [getattr(plan, k) for k in TABLES]
-    if str(len(plan)) != steps or plan.a.ndim != 2 or plan.b.ndim != 2 or not all(np.isfinite(t).all() for t in tables):
-        raise ValueError(f"the plan of {steps} steps must have {steps} rows of finite numbers in every table")
-    if plan.timesteps[-1] < 0 or not ((plan.alpha_bars > 0) & (plan.alpha_bars < 1)).all():
+def _plan(steps: str, tables: Mapping[str, Any]) -> SamplingPlan:
+    """A plan from its tables in a file. Raises ValueError where it is none that we could have written."""
+    arrays = {k: np.array(tables[k], np.float64) for k in TABLES}
+    for name, array in arrays.items():
+        wide = name in ("a", "b")
+        if array.ndim != 1 + wide or str(len(array)) != steps or (wide and not 1 <= array.shape[1] <= MOST_HISTORY):
+            raise ValueError(f"{name} of the plan of {steps} steps has the shape {array.shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} of the plan of {steps} steps holds numbers that are not finite")
+    if arrays["timesteps"][-1] < 0 or not ((arrays["alpha_bars"] > 0) & (arrays["alpha_bars"] < 1)).all():
         raise ValueError(f"the plan of {steps} steps has timesteps below 0 or alpha_bars outside 0 .. 1")
+    return SamplingPlan("learned", **arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ class FitStep:
 
 
 def fit(form: Form, draw: Callable[[SamplingPlan], Tensor], wanted: Tensor, iterations: int) -> Iterator[FitStep]:
-    """Fits a plan, yielding the start and every step after it.
+    """Fits a plan, yielding the start and every step after it; ends early where no step makes it better.
 
     The sum over images of the distance to the wanted one is made smaller, not of its square: from some noises two
     solvers end at different digits, and no coefficient mends that. (Weights 1 / distance, anew at every step.)
@@ -146,14 +147,17 @@ def fit(form: Form, draw: Callable[[SamplingPlan], Tensor], wanted: Tensor, iter
         weights = 1 / np.maximum(distances(r), 1e-3)
         gram = np.array([[np.sum(weights * (p * q).sum(1)) for q in slopes] for p in slopes])
         slope = np.array([np.sum(weights * (p * r).sum(1)) for p in slopes])
-        while damping < 1e4:
+        better = False
+        while not better and damping < 1e4:
             step = np.linalg.solve(gram + damping * np.diag(np.diag(gram)), slope)
             tried = residuals(best - step) if _sensible(form, best - step) else None
             if tried is not None and distances(tried).mean() < distances(r).mean():
-                best, r, damping = best - step, tried, damping / 3
-                break
-            damping *= 4
+                best, r, damping, better = best - step, tried, damping / 3, True
+            else:
+                damping *= 4
         yield FitStep(iteration, float(distances(r).mean()), form.plan(best))
+        if not better:
+            return
 
 
 def _sensible(form: Form, parameters: Float64Array) -> bool:

@@ -1,7 +1,7 @@
 """Figures of sets of images, from their features or their pixels: tensors in, numbers out.
 
-Nothing here knows models. Pairs are gone through in chunks, so that 10,000 images against 60,000 fit into
-a few hundred MB.
+Nothing here knows models. Pairs are gone through in chunks, so that beside the images as
+float32 (190 MB for MNIST's 60,000) only a few hundred MB are needed.
 """
 
 from __future__ import annotations
@@ -136,17 +136,18 @@ def nearest_distances(images: Tensor, references: Tensor) -> Tensor:
 
 
 def near_copies(distances: Tensor, real_distances: Tensor, *, quantile: float = 0.01) -> float:
-    """Share of generated images nearer to a training image than all but the nearest 1 % of unseen real images are.
+    """Share of generated images as near to a training image as the nearest 1 % of unseen real images are.
 
-    A generator that memorises nothing and draws like the data has 0.01, one that copies its training images 1. Images
-    that are plainer than real ones (blurred, say) lie nearer without being copies: read it beside precision and recall.
+    A generator that memorises nothing and draws like the data has about 0.01, one that copies its training images 1.
+    Images that are plainer than real ones (blurred, say) lie nearer without being copies: read it beside precision and
+    recall.
 
     Args:
         distances: (N,) from generated images to the nearest training image, nearest_distances(...).
         real_distances: (M,) the same of images that were not trained on.
         quantile: of real_distances, which images of that set count as near.
     """
-    return float((distances < torch.quantile(real_distances, quantile)).double().mean())
+    return float((distances <= torch.quantile(real_distances, quantile)).double().mean())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_core.graph import example
+from ddpm_core.graph import FORM, example
 from ddpm_core.unet import UNet
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -26,7 +26,7 @@ CLOSE = 1e-4  # how far a graph's output may be from torch's, relative to the la
 
 
 class GraphError(ValueError):
-    """A graph that is not the network: of other weights, damaged, or computing something else."""
+    """A graph that is not the network: of other weights or another version, damaged, or computing something else."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -78,8 +78,11 @@ class OnnxNetwork:
             self.session = cpu_session(graph)
         except Exception as error:  # its errors have no common base of their own
             raise GraphError(f"is damaged: {str(error).splitlines()[0]}") from error
-        if self.session.get_modelmeta().custom_metadata_map.get("weights_sha256") != weights_sha256:
+        facts = self.session.get_modelmeta().custom_metadata_map
+        if facts.get("weights_sha256") != weights_sha256:
             raise GraphError("was made of other weights")
+        if facts.get("form") != FORM:
+            raise GraphError("is of another version's form")
         self._check(net)
 
     def _check(self, net: UNet) -> None:

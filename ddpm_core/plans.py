@@ -240,7 +240,7 @@ def ipndm(schedule: NoiseSchedule, t: Float64Array) -> SamplingPlan:
     """
     grid = _Grid(schedule, t)
     if not grid.alpha.all():
-        raise ValueError("ipndm needs alpha_bar > 0 at every timestep")
+        raise ValueError("sampler='ipndm' needs alpha_bar > 0 at every timestep")
     ratio = grid.sigma / grid.alpha
     a, b = np.zeros((len(t), 4)), np.zeros((len(t), 4))
     for i in range(len(t) - 1):

@@ -61,6 +61,8 @@ class Recipe:
             value = getattr(self, field)
             if not low <= value <= high:
                 raise ValueError(f"{field}={value} must be {low} .. {high}")
+        if self.guidance_scale != 1 and not self.label_drop:
+            raise ValueError(f"guidance_scale={self.guidance_scale} needs label_drop above 0: it is learned from both")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"adam_betas={self.adam_betas} must be two numbers in [0, 1)")
 

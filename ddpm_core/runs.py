@@ -38,8 +38,8 @@ class Run:
     bf16: bool  # autocast
     compile: bool
     started_from: dict[str, Any]  # of a model whose weights it began with: their sha256, and how they were trained
-    data_options: Options = dataclasses.field(default_factory=Options)  # older runs name neither this nor data_facts
-    data_facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # ImageSet.facts()
+    data_options: Options
+    data_facts: dict[str, Any]  # ImageSet.facts()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -53,7 +53,7 @@ class Run:
                 "unet": UNetConfig.from_dict(d["unet"]),
                 "scheduler": SchedulerConfig.from_dict(d["scheduler"]),
                 "recipe": Recipe(**recipe),
-                "data_options": Options(**d.get("data_options", {})),
+                "data_options": Options(**d["data_options"]),
             }
             return cls(**{**d, **parts})
         except (KeyError, TypeError, AttributeError) as error:

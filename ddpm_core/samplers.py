@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from ddpm_core import plans, spacings
 from ddpm_core.plans import SamplingPlan, Variance
-from ddpm_core.schedules import Float64Array, NoiseSchedule
+from ddpm_core.schedules import NoiseSchedule
 from ddpm_core.spacings import Spacing
 
 
@@ -16,7 +16,7 @@ from ddpm_core.spacings import Spacing
 class Sampler:
     """What a sampler's name stands for where nothing else is asked."""
 
-    build: Callable[[NoiseSchedule, Float64Array], SamplingPlan]
+    build: Callable[..., SamplingPlan]  # (schedule, timesteps) and the options that only it has
     steps: int | None  # None: T
 
 
@@ -114,6 +114,5 @@ def build(
     if count == total or (start is not None and spacing == "leading"):
         spacing, offset = "trailing", 0
     t = spacings.timesteps(schedule, count, spacing, offset=offset, start=start)
-    if sampler == "ddpm":
-        return plans.ddpm(schedule, t, variance=variance)
-    return plans.ddim(schedule, t, eta=eta) if sampler == "ddim" else SAMPLERS[sampler].build(schedule, t)
+    own: dict[str, dict[str, object]] = {"ddpm": {"variance": variance}, "ddim": {"eta": eta}}
+    return SAMPLERS[sampler].build(schedule, t, **own.get(sampler, {}))

@@ -18,6 +18,8 @@ from ddpm_core.denoiser import Denoiser
 from ddpm_core.noise import noise
 from ddpm_core.plans import SamplingPlan
 
+MOST_CLASSES = 20  # in a picture of a model
+
 OnBatch = Callable[[int], object]
 """Is told how many images have just been finished."""
 
@@ -165,8 +167,9 @@ def generate(
 def one_row_a_class(model: Model, device: torch.device, columns: int = 10, **how: Any) -> tuple[Tensor, int]:
     """Images for a picture of the model, row by row: (rows * columns, C, H, W) uint8, and the number of columns.
 
-    A row is a class; an unconditional model gets as many rows as columns. `how` goes to generate().
+    A row is a class, of the first MOST_CLASSES; an unconditional model gets as many rows as columns. `how` goes to
+    generate().
     """
-    classes = model.config.num_classes
+    classes = min(model.config.num_classes, MOST_CLASSES)
     labels = [row if classes else None for row in range(classes or columns) for _ in range(columns)]
     return generate(model, device, range(len(labels)), labels, **how), columns

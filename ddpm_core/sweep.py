@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import typing
 from collections import defaultdict
@@ -28,6 +29,7 @@ from ddpm_core.checkpoint import Model
 from ddpm_core.classifier import Classifier
 from ddpm_core.evaluate import MIN_SAMPLES
 from ddpm_core.network import pick_device
+from ddpm_core.noise import MAX_SEED
 from ddpm_core.plans import SamplingPlan
 from ddpm_core.spacings import Spacing
 
@@ -47,39 +49,50 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--max-nfe", type=int, help="leave out what takes more (default: T of the model)")
     p.add_argument("--samples", type=int, default=2000, help="images a point (default: %(default)s)")
     p.add_argument(
-        "--spacing", choices=typing.get_args(Spacing), default="trailing", help="of the timesteps (default: trailing)"
+        "--spacing",
+        choices=typing.get_args(Spacing),
+        help="of the timesteps (default: as the model's scheduler has it)",
     )
     p.add_argument("--seed", type=int, default=0, help="of the first image (default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     return p
 
 
+def command_of(args: argparse.Namespace) -> str:
+    """The command line that measures the same images, less which points and where the data set lies."""
+    words = ["python", "-m", "ddpm_core.sweep", "--model", args.model.as_posix()]
+    words += ["--classifier", args.classifier.as_posix(), *data_arguments.words(vars(args))]
+    return shlex.join([*words, "--samples", str(args.samples), "--seed", str(args.seed)])
+
+
 @dataclasses.dataclass(frozen=True)
 class Point:
     """What is measured at one place of a sweep."""
 
-    sampler: str  # a key of LINES
+    sampler: str
+    eta: float
     nfe: int
     spacing: Spacing
 
     def plan(self, model: Model) -> SamplingPlan:
         """Raises ValueError where the model's schedule does not allow it."""
-        sampler, eta = LINES[self.sampler]
         return samplers.build(
-            model.schedule, sampler, self.nfe,
-            eta=eta, variance=model.scheduler.variance_type, spacing=self.spacing, learned=model.learned,
+            model.schedule, self.sampler, self.nfe,
+            eta=self.eta, variance=model.scheduler.variance_type,
+            spacing=self.spacing, offset=model.scheduler.steps_offset, learned=model.learned,
         )  # fmt: skip
 
 
 def points(args: argparse.Namespace, model: Model) -> list[Point]:
     """What a command line asks for, the cheapest first. A learned plan has timesteps of its own, and a few lengths."""
-    most = args.max_nfe or model.schedule.num_train_steps
+    total = model.schedule.num_train_steps
+    asked: Spacing = args.spacing or model.scheduler.timestep_spacing
     return [
-        Point(line, nfe, "trailing" if line == samplers.LEARNED else args.spacing)
+        Point(sampler, eta, nfe, "trailing" if sampler == samplers.LEARNED or nfe == total else asked)
         for nfe in sorted(set(args.nfe))
-        if nfe <= most
-        for line in args.samplers
-        if line != samplers.LEARNED or nfe in model.learned
+        if nfe <= (args.max_nfe or total)
+        for sampler, eta in (LINES[line] for line in args.samplers)
+        if sampler != samplers.LEARNED or nfe in model.learned
     ]
 
 
@@ -87,12 +100,16 @@ class Sweep:
     """sweep.json: what every point has in common, and the points so far.
 
     Raises:
-        ValueError: the file is of other weights, another classifier, other data, or another number or seed of images.
+        ValueError: the file's points are of other weights, another classifier, other data, or another number or seed of
+            images.
     """
 
-    def __init__(self, path: Path, common: dict[str, Any]) -> None:
+    def __init__(self, path: Path, common: dict[str, Any], command: str) -> None:
         self.path = path
-        self.content = checkpoint.read_json(path) if path.is_file() else {**common, "floor": None, "points": []}
+        self.content = checkpoint.read_json(path) if path.is_file() else {}
+        if not self.content.get("points"):
+            self.content = {**common, "floor": None, "points": []}
+        self.content["command"] = command
         for name, value in common.items():
             if self.content.get(name) != value:
                 raise ValueError(
@@ -148,7 +165,7 @@ def measure(
             return lambda images: bar.update(images * calls)
 
         for point, plan in missing:
-            bar.set_description(f"{point.sampler}, {point.nfe} NFE")
+            bar.set_description(f"{card.line_of(dataclasses.asdict(point))}, {point.nfe} NFE")
             images = sampling.generate(
                 model, device, range(seed, seed + samples), labels,
                 plan=plan, on_batch=counting(len(plan)),
@@ -160,6 +177,10 @@ def run(args: argparse.Namespace) -> None:
     """Measures what is not there yet. Raises ValueError or OSError where something is not there or does not fit."""
     if args.samples < MIN_SAMPLES:
         raise ValueError(f"--samples {args.samples} is too few to measure anything: {MIN_SAMPLES} or more")
+    if min(args.nfe) < 1:
+        raise ValueError(f"--nfe {min(args.nfe)} must be 1 or more")
+    if not 0 <= args.seed <= MAX_SEED - args.samples:
+        raise ValueError(f"--seed {args.seed} must be 0 .. {MAX_SEED - args.samples}")
     model = checkpoint.load_model(args.model)
     loaded = classifier.load(args.classifier)
     device = pick_device(args.device)
@@ -168,11 +189,25 @@ def run(args: argparse.Namespace) -> None:
     evaluation.check_fit(model, net, test)
     wanted = points(args, model)
     if not wanted:
-        raise ValueError(f"nothing to measure: no --nfe within --max-nfe and T, {model.schedule.num_train_steps}")
-    common = {"sha256": model.sha256, "classifier_sha256": loaded.sha256, "data": args.data}
-    sweep = Sweep(args.model / card.SWEEP, {**common, "samples": args.samples, "seed": args.seed})
+        raise ValueError(
+            f"nothing to measure: no --nfe within --max-nfe and T, {model.schedule.num_train_steps}; "
+            f"learned plans have {', '.join(map(str, sorted(model.learned))) or 'no'} steps here"
+        )
+    common = {
+        "sha256": model.sha256, "classifier_sha256": loaded.sha256, "data": args.data,
+        "data_sha256": [part.facts()["sha256"] for part in (train, test)],
+        "samples": args.samples, "seed": args.seed,
+    }  # fmt: skip
+    sweep = Sweep(args.model / card.SWEEP, common, command_of(args))
+    plans = []
+    for point in wanted:
+        try:
+            plans.append((point, point.plan(model)))
+        except ValueError as error:
+            print(f"left out: {card.line_of(dataclasses.asdict(point))}, {point.nfe} NFE: {error}", file=sys.stderr)
+    if not plans:
+        raise ValueError("nothing to measure: this model allows none of the points")
     try:
-        plans = [(point, point.plan(model)) for point in wanted]
         measure(model, net, train, test, sweep, [(p, plan) for p, plan in plans if not sweep.has(p, plan)], device)
     finally:
         if sweep.content["points"]:
@@ -183,8 +218,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    args.classifier = args.classifier or Path("weights") / f"{args.data}-classifier"
     try:
+        args.classifier = data_arguments.classifier_of(vars(args), args.classifier, "--classifier")
         run(args)
     except KeyboardInterrupt:
         print(f"stopped: the same command goes on; what is measured is in {args.model / card.SWEEP}", file=sys.stderr)

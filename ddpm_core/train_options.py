@@ -198,7 +198,7 @@ def old_run(args: argparse.Namespace, directory: RunDirectory) -> tuple[Run, dat
     if "data_root" in args:
         run = dataclasses.replace(run, data_root=str(args.data_root))
     images = data.load(run.data, Path(run.data_root), train=True, download=args.download, options=run.data_options)
-    if run.data_facts and run.data_facts != images.facts():
+    if run.data_facts != images.facts():
         raise ValueError(
             f"the images of {run.data} under {run.data_root} are not those that this run began with: "
             "bring them back, or start another run from its weights with --init"

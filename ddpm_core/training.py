@@ -60,7 +60,11 @@ class Ema:
 
 
 class Trainer:
-    """A network in training: its weights, their average, the optimizer, and how far it is."""
+    """A network in training: its weights, their average, the optimizer, and how far it is.
+
+    Raises:
+        ValueError: the recipe asks for what this network or these images do not allow.
+    """
 
     def __init__(
         self,
@@ -77,6 +81,8 @@ class Trainer:
     ) -> None:
         if recipe.guidance_scale != 1 and null_label is None:
             raise ValueError(f"guidance_scale={recipe.guidance_scale} needs a network with labels")
+        if recipe.guidance_scale != 1 and any(isinstance(m, nn.Dropout) and m.p for m in net.modules()):
+            raise ValueError("guidance_scale needs a network without dropout: two of its outputs are compared")
         height, width = images.images.shape[2:]
         if recipe.shift >= min(height, width):
             raise ValueError(f"shift={recipe.shift} must be less than the images' {width} x {height} pixels")

@@ -22,7 +22,7 @@ MOST_ROWS = {"cpu": 32, "accelerator": 256}  # of a step; the best number is loo
 PINNED_ROWS = {"cpu": 8, "accelerator": 64}  # of every call, where rows keep their bits in no other way
 ROUNDS = 7  # of timed steps
 LONGEST_S = 0.25  # a step that takes so long is the last size tried: clients join and leave between steps
-STEPS = 2  # of the chains that are compared: one with noise and history, and the last
+STEPS = 3  # of the chains that are compared: with noise, with noise and history, and the last
 
 
 def prepare(runner: Runner, exact: bool, batch_rows: int | None) -> tuple[Exactness, StepTime, int]:

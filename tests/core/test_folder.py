@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import struct
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_core import data
+from ddpm_core import data, image_files
 from ddpm_core.data import ImageSet, Options
 from tests.pictures import BLUE, RED, draw, write_folder
 
@@ -140,6 +143,37 @@ def test_images_of_different_sizes_need_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"disc00.png has 16 x 16 pixels, .*other.png 24 x 20: .*--image-size"):
         load(tmp_path)
     assert load(tmp_path, size=16).images.shape == (33, 3, 16, 16)
+
+
+def test_after_a_bad_image_the_others_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path)
+    read = []
+
+    def second_fails(path: Path, size: int | None, channels: int) -> image_files.Pixels:
+        read.append(path)
+        if len(read) == 2:
+            raise ValueError("bad")
+        time.sleep(0.02)
+        return np.zeros((3, 4, 4), np.uint8)
+
+    monkeypatch.setattr(image_files, "read", second_fails)
+    monkeypatch.setattr(data, "ThreadPoolExecutor", functools.partial(ThreadPoolExecutor, 1))
+    with pytest.raises(ValueError, match="bad"):
+        load(tmp_path)
+    assert len(read) < 32
+
+
+def test_more_pixels_than_memory_end_in_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path)
+    vast = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (3, 2**22, 2**22), (0, 0, 0))
+    monkeypatch.setattr(image_files, "read", lambda path, size, channels: vast)
+    with pytest.raises(ValueError, match="do not fit into memory: make them smaller with --image-size"):
+        load(tmp_path)
+
+
+def test_a_folder_cannot_be_downloaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--download"):
+        data.load("folder", tmp_path, train=True, download=True)
 
 
 def test_a_folder_that_is_no_data_set_says_why(tmp_path: Path) -> None:

@@ -74,6 +74,19 @@ def test_a_fit_comes_nearer_to_the_long_chain_on_noise_it_has_not_seen() -> None
     assert after < 0.8 * before
 
 
+def test_a_fit_ends_where_nothing_makes_it_better() -> None:
+    calls = []
+
+    def tables(plan: SamplingPlan) -> Tensor:
+        calls.append(plan)
+        return torch.from_numpy(np.concatenate([plan.timesteps / 1000, plan.a.ravel(), plan.b.ravel()]))[None]
+
+    form = form_of(3)
+    steps = list(learned.fit(form, tables, tables(form.plan(np.zeros(form.size))), iterations=50))
+    assert [step.iteration for step in steps] == [0, 1]
+    assert len(calls) < 1 + form.size + 20
+
+
 def test_what_is_written_is_read_to_the_last_bit(tmp_path: Path) -> None:
     form = form_of(3)
     plan = form.plan(np.linspace(-0.1, 0.1, form.size))
@@ -100,6 +113,11 @@ def _rows(content: dict[str, Any]) -> Any:
         lambda c: _rows(c).update(a=[1, 2, 3]),
         lambda c: _rows(c)["b"][0].__setitem__(0, float("nan")),
         lambda c: _rows(c)["b"].pop(),
+        lambda c: _rows(c).update(b=[1, 2, 3]),
+        lambda c: _rows(c).update(b=[[], [], []]),
+        lambda c: _rows(c).update(a=[[1.0] * 5] * 3),
+        lambda c: _rows(c).update(d=[[0.0]] * 3),
+        lambda c: _rows(c).update(timesteps=3),
         lambda c: _rows(c)["timesteps"].reverse(),
         lambda c: _rows(c)["timesteps"].__setitem__(2, -1.0),
         lambda c: _rows(c)["alpha_bars"].__setitem__(1, 1.5),
@@ -128,7 +146,7 @@ def test_the_command_fits_and_the_model_then_has_the_plans(
     directory = without_plans(model_dir, tmp_path)
     arguments = ["--model", str(directory), "--steps", "2", "3", "--teacher-steps", "8", "--images", "11"]
     assert fit_plans.main([*arguments, "--iterations", "1", "--device", "cpu"]) == 0
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])["by_steps"]
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(figures) == {"2", "3"}
     model = checkpoint.load_model(directory)
     assert set(model.learned) == {2, 3}
@@ -138,6 +156,10 @@ def test_the_command_fits_and_the_model_then_has_the_plans(
         model.plan("learned", 5)
     with pytest.raises(ValueError, match="pure noise"):
         model.plan("learned", 2, start=500)
+
+    assert fit_plans.main([*arguments[:3], "4", *arguments[5:], "--iterations", "1", "--device", "cpu"]) == 0
+    assert set(json.loads(capsys.readouterr().out.splitlines()[-1])) == {"2", "3", "4"}
+    assert checkpoint.load_model(directory).learned[2].sha256 == model.learned[2].sha256  # those of before stay
 
     path = directory / learned.PLANS_NAME
     stale = {**json.loads(path.read_text()), "weights_sha256": "0" * 64}

@@ -158,6 +158,11 @@ def images(n: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 256, (n, 2, 4, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
+def test_a_copier_is_one_also_where_the_test_images_were_trained_on() -> None:
+    real = torch.cat([torch.zeros(5), torch.arange(1.0, 96.0)])  # five of a hundred lie in the training set
+    assert metrics.near_copies(torch.zeros(20), real) == 1
+
+
 def test_nearest_distances_are_those_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "CHUNK", 3)
     some, references = images(7, 0), images(11, 1)

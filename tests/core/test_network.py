@@ -10,7 +10,7 @@ import torch
 
 from ddpm_core import checkpoint
 from ddpm_core.checkpoint import GRAPH_NAME, Model, SchedulerConfig, load_model, save_model
-from ddpm_core.graph import export_graph
+from ddpm_core.graph import FORM, export_graph
 from ddpm_core.network import GraphError, OnnxNetwork, Padded, TorchNetwork
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -114,6 +114,12 @@ def test_a_graph_that_is_not_the_network_is_refused(
         OnnxNetwork(graph[:cut], small_net(net), sha256)
 
 
+def test_a_graph_of_another_form_is_refused(graph: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddpm_core.network.FORM", "other")
+    with pytest.raises(GraphError, match="another version"):
+        OnnxNetwork(graph, small_net(0), "abc")
+
+
 def test_where_it_cannot_be_kept_it_is_used_all_the_same(
     saved: Model, graph: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,7 +141,7 @@ def export_of(graph: bytes, sha256: str) -> bytes:
 
     model = onnx.load_from_string(graph)
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {"weights_sha256": sha256})
+    onnx.helper.set_model_props(model, {"weights_sha256": sha256, "form": FORM})
     return bytes(model.SerializeToString())
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -47,7 +49,7 @@ def test_every_sampler_is_measured_at_every_nfe(arguments: list[str], capsys: py
     assert sweep.main([*arguments, "--nfe", "2", "3", "40", "--max-nfe", "3"]) == 0
     found = content(arguments)
     names = [name for name in sweep.LINES if name != "learned"]  # this model has no learned plans
-    assert [(p["nfe"], p["sampler"]) for p in found["points"]] == [(n, name) for n in (2, 3) for name in names]
+    assert [(p["nfe"], card.line_of(p)) for p in found["points"]] == [(n, name) for n in (2, 3) for name in names]
     assert found["sha256"] == checkpoint.load_model(Path(arguments[1])).sha256
     table = capsys.readouterr().out
     assert table.splitlines()[0].split() == ["|", "sampler", "|", "2", "NFE", "|", "3", "NFE", "|"]
@@ -64,7 +66,8 @@ def test_a_point_is_what_the_evaluation_measures_of_those_images(arguments: list
     train, test = (data.load("digits", Path(), train=part) for part in (True, False))
     model, net = checkpoint.load_model(Path(arguments[1])), classifier.load(Path(arguments[3])).net
     labels = evaluation.asked_labels(model, train, 100, 5)
-    plan = sweep.Point("ddim eta 0.5", 3, "quadratic").plan(model)
+    assert (point["sampler"], point["eta"], point["spacing"]) == ("ddim", 0.5, "quadratic")
+    plan = sweep.Point("ddim", 0.5, 3, "quadratic").plan(model)
     assert plan.d[0] > 0
     images = sampling.generate(model, CPU, range(5, 105), labels, plan=plan)
     reference, _ = evaluation.features(net, test.images)
@@ -119,6 +122,61 @@ def test_points_of_other_images_or_weights_are_not_mixed(
     assert card.read_sweep(Path(arguments[3]), kept["sha256"]) is None
 
 
+def test_other_data_of_the_same_name_are_noticed(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*arguments, "--nfe", "2", "--samplers", "ddim"]
+    assert sweep.main(asked) == 0
+    facts = data.ImageSet.facts
+    monkeypatch.setattr(data.ImageSet, "facts", lambda images: {**facts(images), "sha256": "0"})
+    assert sweep.main(asked) == 2
+    assert "was measured with data_sha256" in capsys.readouterr().err
+
+
+def test_a_sweep_that_measured_nothing_is_none(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*arguments, "--nfe", "2", "--samplers", "ddim"]
+
+    def stop(*given: Any, **how: Any) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(sampling, "generate", stop)
+        assert sweep.main(asked) == 130
+    found = content(arguments)
+    assert found["floor"] is not None
+    assert not found["points"]
+    assert card.read_sweep(Path(arguments[1]), found["sha256"]) is None
+    assert sweep.main([*asked, "--seed", "6"]) == 0
+    assert content(arguments)["seed"] == 6
+
+
+def test_points_that_a_schedule_does_not_allow_are_left_out(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A chain that begins at alpha_bar = 0 has no eps there, which iPNDM wants."""
+    model = checkpoint.load_model(Path(arguments[1]))
+    betas = (*np.linspace(1e-3, 0.2, model.schedule.num_train_steps - 1), 1.0)
+    scheduler = dataclasses.replace(model.scheduler, trained_betas=betas, prediction_type="v_prediction")
+    checkpoint.save_model(Path(arguments[1]), model.net.state_dict(), model.config, scheduler)
+    assert sweep.main([*arguments, "--nfe", "2", "--samplers", "ipndm", "ddim"]) == 0
+    assert [p["sampler"] for p in content(arguments)["points"]] == ["ddim"]
+    assert "left out: ipndm, 2 NFE" in capsys.readouterr().err
+    assert sweep.main([*arguments, "--nfe", "2", "--samplers", "ipndm"]) == 2
+
+
+def test_the_spacing_is_the_models_own_where_none_is_asked(arguments: list[str]) -> None:
+    model = checkpoint.load_model(Path(arguments[1]))
+    scheduler = dataclasses.replace(model.scheduler, timestep_spacing="leading", steps_offset=1)
+    checkpoint.save_model(Path(arguments[1]), model.net.state_dict(), model.config, scheduler)
+    model = checkpoint.load_model(Path(arguments[1]))
+    assert sweep.main([*arguments, "--nfe", "3", "--samplers", "ddim"]) == 0
+    (point,) = content(arguments)["points"]
+    assert point["spacing"] == "leading"
+    assert point["plan_sha256"] == model.plan("ddim", 3).sha256
+
+
 def test_a_card_of_another_format_costs_no_points(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     (Path(arguments[1]) / "card.json").write_text('{"model": {"sha256": "-"}}')
     assert sweep.main([*arguments, "--nfe", "2", "--samplers", "ddim"]) == 2
@@ -132,7 +190,8 @@ def test_a_card_of_another_format_costs_no_points(arguments: list[str], capsys: 
         (["--samples", "99"], "100 or more"),
         (["--nfe", "0"], "must be 1"),
         (["--nfe", "2000"], "nothing to measure"),
-        (["--nfe", "3", "--samplers", "learned"], "nothing to measure"),
+        (["--nfe", "3", "--samplers", "learned"], "learned plans have no steps here"),
+        (["--seed", "-1"], "must be 0"),
         (["--data", "digits", "--model", "nowhere"], "no model directory"),
     ],
 )

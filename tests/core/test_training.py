@@ -210,6 +210,14 @@ def test_what_guidance_adds_keeps_the_guided_prediction_where_it_is(prediction: 
     assert not added[1].any()
 
 
+def test_guidance_is_refused_where_it_could_not_be_learned() -> None:
+    with pytest.raises(ValueError, match="needs label_drop above 0"):
+        Recipe(steps=1, guidance_scale=2.0, label_drop=0.0)
+    net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.1))
+    with pytest.raises(ValueError, match="without dropout"):
+        trainer_of(net, Recipe(steps=1, guidance_scale=2.0), null_label=1)
+
+
 def test_guidance_of_1_costs_no_call_and_a_network_without_labels_has_none() -> None:
     for scale, calls in ((1.0, 1), (2.0, 2)):
         net = TwoAnswers(0.5, 0.5)
