@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from ddpm_core import checkpoint, pictures, sampling
-from ddpm_core.checkpoint import CheckpointError, Model, SchedulerConfig
+from ddpm_core.checkpoint import CheckpointError, Model
 from ddpm_core.data import Options
 from ddpm_core.recipe import Recipe
+from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.training import StepStats, Trainer
 from ddpm_core.unet import UNet, UNetConfig
 

@@ -14,12 +14,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from ddpm_core import checkpoint, data, data_arguments
-from ddpm_core.checkpoint import SchedulerConfig
 from ddpm_core.diffusion import Prediction
 from ddpm_core.network import pick_device
 from ddpm_core.plans import Variance
 from ddpm_core.recipe import Recipe
 from ddpm_core.runs import Run, RunDirectory
+from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.unet import UNetConfig
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ddpm_core import learned, plans, spacings
-from ddpm_core.checkpoint import SchedulerConfig, load_model, save_model, to_json
+from ddpm_core.checkpoint import load_model, save_model, to_json
+from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.unet import UNet
 from tests.networks import DIGITS
 

@@ -7,7 +7,8 @@ import dataclasses
 
 import torch
 
-from ddpm_core.checkpoint import Model, SchedulerConfig
+from ddpm_core.checkpoint import Model
+from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.unet import UNet, UNetConfig
 
 DIGITS = UNetConfig(

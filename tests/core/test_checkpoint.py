@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddpm_core import checkpoint, sampling
-from ddpm_core.checkpoint import WEIGHTS_NAME, CheckpointError, SchedulerConfig, load_model, write_atomically
+from ddpm_core.checkpoint import WEIGHTS_NAME, CheckpointError, load_model, write_atomically
+from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(

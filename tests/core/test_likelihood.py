@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from ddpm_core import data, diffusion, likelihood, schedules
-from ddpm_core.checkpoint import Model, SchedulerConfig
+from ddpm_core.checkpoint import Model
 from ddpm_core.denoiser import Denoiser
+from ddpm_core.scheduler_config import SchedulerConfig
 from tests.networks import eight
 
 CPU = torch.device("cpu")

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ddpm_core import checkpoint
-from ddpm_core.checkpoint import GRAPH_NAME, Model, SchedulerConfig, load_model, save_model
+from ddpm_core.checkpoint import GRAPH_NAME, Model, load_model, save_model
 from ddpm_core.graph import FORM, export_graph
 from ddpm_core.network import GraphError, OnnxNetwork, Padded, TorchNetwork
+from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")

@@ -20,12 +20,12 @@ from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_dp
 from torch import Tensor
 
 from ddpm_core import checkpoint, samplers, schedules
-from ddpm_core.checkpoint import SchedulerConfig
 from ddpm_core.denoiser import Denoiser
 from ddpm_core.diffusion import Prediction
 from ddpm_core.noise import noise
 from ddpm_core.plans import SamplingPlan, Variance
 from ddpm_core.sampling import draw_noise, sample
+from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.spacings import Spacing
 from ddpm_core.unet import UNet, UNetConfig
 from tests.networks import DIGITS
