@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,11 +137,17 @@ recall of every point are in `{SWEEP}`.
 """
 
 
-def _flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
-    """('recipe.lr', '0.002') for every leaf of a JSON object."""
-    if isinstance(value, dict):
-        return [pair for k, v in value.items() for pair in _flat(v, f"{prefix}.{k}" if prefix else str(k))]
-    return [(prefix, value if isinstance(value, str) else json.dumps(value))]
+def history(training: Mapping[str, Any]) -> list[str]:
+    """What training.json records, a line for each training, the oldest first; an average after what it is of."""
+    if parts := training.get("average_of"):
+        lines = list(dict.fromkeys(line for part in parts for line in history(part["training"])))
+        shares = " and ".join(f"{part['share']:g} of {part['sha256'][:12]}" for part in parts)
+        return [*lines, f"the average of weights: {shares}"]
+    start = training.get("started_from", {})
+    facts = {k: v for k, v in training.items() if not isinstance(v, Mapping)} | training.get("recipe", {})
+    line = ", ".join(f"{k} {v}" for k, v in facts.items() if v)  # what is 0 or off is left out
+    earlier = history(start["training"]) if start else []
+    return [*earlier, (f"from {start['sha256'][:12]}: " if start else "") + line] if line else earlier
 
 
 def readme(card: Mapping[str, Any], sweep: Mapping[str, Any] | None = None) -> str:
@@ -155,7 +160,7 @@ def readme(card: Mapping[str, Any], sweep: Mapping[str, Any] | None = None) -> s
     asked = f"list(range({count}))" if classes else f"[None] * {count}"
     note = f'  # {classes} means "no label"' if classes else ""
     kind = f'class-conditional, {classes} classes and "no label"' if classes else "unconditional"
-    training = "\n".join(f"- {key}: {value}" for key, value in _flat(card["training"]))
+    training = "\n".join(f"{number}. {line}" for number, line in enumerate(history(card["training"]), 1))
     return f"""\
 ---
 license: mit
@@ -225,6 +230,8 @@ plus `--data-root` where the data set lies elsewhere. All figures, with their nu
 {_sweep_section(sweep)}## Training
 
 {training or "Not recorded."}
+
+Numbers such as 05cdc21e5cfc begin the sha256 of weights. The whole record is in `training.json`.
 
 ## Limits and intended use
 
