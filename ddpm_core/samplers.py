@@ -29,18 +29,20 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc": Sampler(plans.unipc, 10),
 }
 
-PRESETS: dict[str, tuple[str, int | None]] = {
-    "fast": ("dpmpp_2m", 5),
-    "balanced": ("dpmpp_2m", 10),
-    "reference": ("ddpm", None),
-}
-"""Names for people: a sampler and its steps."""
-
 LEARNED = "learned"
 """The sampler whose plans are fitted to a network and lie beside its weights (learned.py)."""
 
+PRESETS: dict[str, tuple[tuple[str, int | None], ...]] = {
+    "fast": (("unipc", 3),),
+    "balanced": ((LEARNED, 5), ("dpmpp_2m", 10)),
+    "reference": (("ddpm", None),),
+}
+"""Names for people: samplers and their steps, of which the first that there is counts."""
 
-def resolve(sampler: str, steps: int | None, most: int, learned: Collection[int] = ()) -> tuple[str, int]:
+
+def resolve(
+    sampler: str, steps: int | None, most: int, learned: Collection[int] = (), *, from_noise: bool = True
+) -> tuple[str, int]:
     """The sampler behind a sampler's or preset's name, and its steps: those asked for, else its own.
 
     Args:
@@ -48,22 +50,31 @@ def resolve(sampler: str, steps: int | None, most: int, learned: Collection[int]
         steps: 1 .. most; None: the sampler's own, as far as there are so many.
         most: how many steps the chain has: T, or t + 1 where it starts at t.
         learned: the numbers of steps that the model has learned plans for.
+        from_noise: whether the chain starts at pure noise, as learned plans do; else at an image noised to some t.
 
     Raises:
         ValueError: no such sampler, or steps is out of range.
     """
-    if sampler == LEARNED and learned:
-        steps = max(learned) if steps is None else steps
+    own_steps = None
+    if sampler in PRESETS:
+        sampler, own_steps = next(
+            (name, count)
+            for name, count in PRESETS[sampler]
+            if name != LEARNED or (from_noise and (count if steps is None else steps) in learned)
+        )
+    elif sampler in SAMPLERS:
+        own_steps = SAMPLERS[sampler].steps
+    elif sampler != LEARNED or not learned:
+        known = ", ".join([*SAMPLERS, *([LEARNED] if learned else []), *PRESETS])
+        raise ValueError(f"sampler={sampler!r} is not known; known: {known}")
+    if sampler == LEARNED:
+        if not from_noise:
+            raise ValueError(f"sampler={LEARNED!r} starts from pure noise alone: take another to start at an image's t")
+        if steps is None:
+            steps = own_steps or max(learned)
         if steps not in learned:
             raise ValueError(f"steps={steps} must be one of {', '.join(map(str, sorted(learned)))} for {LEARNED}")
         return sampler, steps
-    if sampler in PRESETS:
-        sampler, own_steps = PRESETS[sampler]
-    elif sampler in SAMPLERS:
-        own_steps = SAMPLERS[sampler].steps
-    else:
-        known = ", ".join([*SAMPLERS, *([LEARNED] if learned else []), *PRESETS])
-        raise ValueError(f"sampler={sampler!r} is not known; known: {known}")
     if steps is None:
         steps = min(own_steps or most, most)
     if not 1 <= steps <= most:
@@ -104,12 +115,10 @@ def build(
         if not 0 <= start < total:
             raise ValueError(f"start={start} must be 0 .. {total - 1}")
         total = start + 1
-    sampler, count = resolve(sampler, steps, total, learned)
+    sampler, count = resolve(sampler, steps, total, learned, from_noise=start is None)
     if eta and sampler != "ddim":
         raise ValueError(f"eta={eta} is for sampler ddim alone; {sampler} has none")
     if sampler == LEARNED:
-        if start is not None:
-            raise ValueError(f"sampler={LEARNED!r} starts from pure noise alone: take another to start at t={start}")
         return learned[count]
     if count == total or (start is not None and spacing == "leading"):
         spacing, offset = "trailing", 0

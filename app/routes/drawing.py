@@ -42,7 +42,7 @@ def to_params(
             raise errors.Invalid.field("label", f"{label} is not a label of {info.name}; allowed: {allowed}, or null")
     try:
         most = info.num_train_steps if start is None else start.t + 1
-        sampler, steps = samplers.resolve(body.sampler, body.steps, most, info.learned)
+        sampler, steps = samplers.resolve(body.sampler, body.steps, most, info.learned, from_noise=start is None)
     except ValueError as error:
         raise _of_plan(error) from None
     seed = random_seed(body.n) if body.seed is None else body.seed

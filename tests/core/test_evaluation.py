@@ -135,7 +135,7 @@ def test_command_line_end_to_end(inside: Path, capsys: pytest.CaptureFixture[str
     assert found["metrics"]["fid_over_floor"]["value"] == pytest.approx(ratio)
     assert found["metrics"]["class_balance"]["samples"] == sum(found["metrics"]["class_balance"]["counts"]) == 40
     assert found["sampling"] == {
-        "sampler": "fast", "method": "dpmpp_2m", "steps": 5, "nfe": 5, "guidance_scale": 1.0, "seed": 0,
+        "sampler": "fast", "method": "unipc", "steps": 3, "nfe": 3, "guidance_scale": 1.0, "seed": 0,
     }  # fmt: skip
     with Image.open(model_dir / "samples.png") as picture:
         picture.load()

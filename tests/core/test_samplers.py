@@ -26,6 +26,21 @@ def test_every_plan_ends_at_x_0_hat(sampler: str, spacing: Spacing, steps: int |
     assert all(np.isfinite(table).all() for table in (plan.a, plan.b, plan.d))
 
 
+def test_a_preset_is_the_first_of_its_samplers_that_there_is() -> None:
+    assert samplers.resolve("balanced", None, 1000) == ("dpmpp_2m", 10)
+    assert samplers.resolve("balanced", None, 1000, [3]) == ("dpmpp_2m", 10)
+    assert samplers.resolve("balanced", None, 1000, [3, 5]) == ("learned", 5)
+    assert samplers.resolve("balanced", 3, 1000, [3, 5]) == ("learned", 3)
+    assert samplers.resolve("balanced", 7, 1000, [3, 5]) == ("dpmpp_2m", 7)
+    assert samplers.resolve("balanced", None, 1000, [5], from_noise=False) == ("dpmpp_2m", 10)
+    assert samplers.resolve("balanced", None, 4, [5], from_noise=False) == ("dpmpp_2m", 4)
+    with pytest.raises(ValueError, match="pure noise"):
+        samplers.resolve("learned", None, 1000, [5], from_noise=False)
+    for sampler in ("balanced", "learned"):
+        with pytest.raises(ValueError, match="steps=0"):
+            samplers.resolve(sampler, 0, 1000, [5])
+
+
 @pytest.mark.parametrize("steps", [-1, 0, 1001])
 @pytest.mark.parametrize("sampler", [*samplers.SAMPLERS, *samplers.PRESETS])
 def test_build_refuses_steps_out_of_range(steps: int, sampler: str) -> None:
