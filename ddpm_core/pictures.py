@@ -59,8 +59,9 @@ def save_fid_curves(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]]
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for (name, points), marker in zip(lines.items(), itertools.cycle("osD^vPX*"), strict=False):
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=5, linewidth=1.4, label=name)
     axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="real images (the floor)")
@@ -68,8 +69,9 @@ def save_fid_curves(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]]
     axes.set(xlabel="network calls an image (NFE)", ylabel="FID", xscale="log", yscale="log", title=title)
     axes.set_xticks(ticks, [str(nfe) for nfe in ticks])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=110)
     plt.close(figure)
