@@ -4,8 +4,8 @@ What: GFLOP/s of a call of 1, 4, 16 and 64 rows by ONNX Runtime and by torch, an
 product of two 2048 x 2048 matrices, by torch or by ONNX Runtime: whichever is faster here (torch's library leaves the
 wide vectors of some processors alone). FLOPs are counted by torch.utils.flop_counter in torch's network, a
 multiplication and an addition each for one; those of norms and activations are not counted, their time is.
-How: one process; the four take turns, a call of each that is not timed goes before those that are; medians of rounds,
-shares within a round, and in brackets the least and the most of the rounds.
+How: one process; the four take turns, calls of each for 30 ms that are not timed go before those that are; medians of
+rounds, shares within a round, and in brackets the least and the most of the rounds.
 On what: weights/mnist on the CPU, with as many threads as torch has by itself.
 
     python benchmarks/network.py [--quick]
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -34,6 +35,7 @@ ROWS, QUICK_ROWS = (1, 4, 16, 64), (1, 16)
 SIZE = 2048
 PRODUCT_GFLOP = 2 * SIZE**3 / 1e9
 SECONDS, TIMED = 12.0, 4  # of a number of rows, and calls of a side in a round
+SETTLE_S = 0.03  # before the timed calls of a turn
 FEWEST, MOST = 3, 40  # rounds; between them as many as the time allows
 GOAL = {1: 0.6, 16: 0.75, 64: 0.75}  # share of the product's rate, by rows
 
@@ -57,6 +59,13 @@ def products() -> tuple[Callable[[], object], Callable[[], object]]:
     return functools.partial(torch.mm, a, b), functools.partial(session.run, None, {"a": a.numpy(), "b": b.numpy()})
 
 
+def settle(call: Callable[[], object]) -> None:
+    """Calls until the threads of the side before have stopped spinning."""
+    until = time.perf_counter() + SETTLE_S
+    while time.perf_counter() < until:
+        call()
+
+
 def rates(model: Model, rows: int, rounds: Iterable[int], timed: int) -> dict[str, Any]:
     """GFLOP/s and shares at one number of rows."""
     x_t, t = torch.randn(rows, *model.config.image_shape), torch.linspace(1, 900, rows)
@@ -65,7 +74,8 @@ def rates(model: Model, rows: int, rounds: Iterable[int], timed: int) -> dict[st
     if not isinstance(graph, OnnxNetwork):
         raise SystemExit("ONNX Runtime does not run this network: there is nothing to compare")
     calls = [functools.partial(network, x_t, t, label) for network in (graph, eager)]
-    *networks, by_torch, by_onnx = in_turns([Side(call, before=call) for call in (*calls, *products())], rounds, timed)
+    sides = [Side(call, before=functools.partial(settle, call)) for call in (*calls, *products())]
+    *networks, by_torch, by_onnx = in_turns(sides, rounds, timed)
     product = min(by_torch, by_onnx, key=lambda took: statistics.median(medians(took)))
     each = gflop(calls[1])
     found: dict[str, Any] = {"rows": rows, "gflop": round(each, 4), "rounds": len(product)}

@@ -143,7 +143,7 @@ def test_command_line_end_to_end(inside: Path, capsys: pytest.CaptureFixture[str
     assert found["training"] == {"recipe": {"lr": 0.002}, "images_seen": 0}
     readme = (model_dir / "README.md").read_text()
     assert readme == card.readme(found)
-    assert "- recipe.lr: 0.002" in readme
+    assert "1. lr 0.002" in readme
     assert "the floor" in readme
 
 
