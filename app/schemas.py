@@ -31,7 +31,9 @@ class GenerateRequest(_Body):
     ] = None
     sampler: Annotated[
         Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "ipndm", "unipc", "learned", "fast", "balanced", "reference"],
-        Field(description="A sampler, or a preset: fast, balanced, reference. learned: where the model has any."),
+        Field(
+            description="A sampler, or a preset: fast, balanced, reference. learned: where the model has such plans."
+        ),
     ] = "balanced"
     steps: Annotated[int | None, Field(ge=1, description="Network calls per image; absent: the sampler's own.")] = None
     eta: Annotated[float, Field(ge=0, le=1, description="ddim only: 0 is deterministic, 1 is DDPM.")] = 0.0

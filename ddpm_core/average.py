@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     """Raises ValueError or OSError where it cannot."""
     if not 0 <= args.share <= 1:
         raise ValueError(f"--share {args.share} must be 0 .. 1")
-    if (args.out / "unet").exists():
+    if (args.out / "unet").exists() or (args.out / "model_index.json").exists():
         raise FileExistsError(f"{args.out} already holds a model: name another --out")
     first, second = (checkpoint.load_model(path) for path in args.models)
     if first.config != second.config or first.scheduler != second.scheduler:

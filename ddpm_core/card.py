@@ -94,6 +94,8 @@ def read_sweep(directory: Path, sha256: str) -> dict[str, Any] | None:
     """The sweep beside the weights, where there is one of these weights. Raises CheckpointError where it is damaged."""
     path = directory / SWEEP
     sweep = checkpoint.read_json(path) if path.is_file() else {}
+    if sweep and ("command" not in sweep or any("eta" not in point for point in sweep["points"])):
+        raise checkpoint.CheckpointError(f"{path} is of another version: delete it and run `python -m ddpm_core.sweep`")
     return sweep if sweep.get("sha256") == sha256 and sweep["points"] else None
 
 
@@ -161,6 +163,8 @@ def readme(card: Mapping[str, Any], sweep: Mapping[str, Any] | None = None) -> s
     note = f'  # {classes} means "no label"' if classes else ""
     kind = f'class-conditional, {classes} classes and "no label"' if classes else "unconditional"
     training = "\n".join(f"{number}. {line}" for number, line in enumerate(history(card["training"]), 1))
+    if training:
+        training += "\n\nWeights are named by the first digits of their sha256; the whole record is in `training.json`."
     return f"""\
 ---
 license: mit
@@ -181,7 +185,7 @@ A denoising diffusion probabilistic model (Ho et al. 2020) of the data set `{dat
 `{model["prediction_type"]}`, noise schedule `{model["beta_schedule"]}`. Weights: safetensors, sha256
 `{model["sha256"]}`.
 
-![one row a class](samples.png)
+![images that it draws](samples.png)
 
 ## Use
 
@@ -230,8 +234,6 @@ plus `--data-root` where the data set lies elsewhere. All figures, with their nu
 {_sweep_section(sweep)}## Training
 
 {training or "Not recorded."}
-
-Numbers such as 05cdc21e5cfc begin the sha256 of weights. The whole record is in `training.json`.
 
 ## Limits and intended use
 

@@ -193,7 +193,9 @@ def _learned_plans(path: Path, sha256: str) -> dict[int, SamplingPlan]:
         log.warning("%s %s: its plans are not offered; fit them anew with `python -m ddpm_core.fit_plans`", path, error)
         return {}
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; delete it, or fit it anew: `python -m ddpm_core.fit_plans`") from error
+        raise CheckpointError(
+            f"{path}: {error}; delete it, then fit it anew: `python -m ddpm_core.fit_plans`"
+        ) from error
 
 
 def _check_shapes(path: Path, net: UNet) -> None:

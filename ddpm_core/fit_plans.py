@@ -12,6 +12,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
 
     path = args.model / learned.PLANS_NAME
     found = dict(model.learned)  # of other lengths: they stay
-    facts = checkpoint.read_json(path)["fit"] if found else {}
+    known = checkpoint.read_json(path).get("fit", {}) if found else {}
+    facts: dict[str, Any] = {str(steps): known.get(str(steps)) for steps in found}
     options = {"teacher_steps": args.teacher_steps, "images": args.images, "iterations": args.iterations}
     for steps in args.steps:
         start = spacings.timesteps(model.schedule, steps, "trailing")

@@ -46,7 +46,7 @@ def resolve(
     """The sampler behind a sampler's or preset's name, and its steps: those asked for, else its own.
 
     Args:
-        sampler: a key of SAMPLERS or PRESETS.
+        sampler: a key of SAMPLERS or PRESETS, or LEARNED.
         steps: 1 .. most; None: the sampler's own, as far as there are so many.
         most: how many steps the chain has: T, or t + 1 where it starts at t.
         learned: the numbers of steps that the model has learned plans for.
@@ -98,7 +98,7 @@ def build(
 
     Args:
         schedule: the noise schedule.
-        sampler: a key of SAMPLERS or PRESETS.
+        sampler: a key of SAMPLERS or PRESETS, or LEARNED.
         steps: 1 .. T, or 1 .. start + 1; None: the sampler's own.
         eta: ddim only.
         start: the timestep that the chain starts at, as an image noised to it does; None: from pure noise.

@@ -119,7 +119,7 @@ def generate(
         device: where.
         seeds: N of them; image i's noise depends on seeds[i] and on nothing else.
         labels: N of them; None: "no label".
-        sampler: a key of samplers.SAMPLERS or samplers.PRESETS.
+        sampler: a key of samplers.SAMPLERS or samplers.PRESETS, or samplers.LEARNED.
         steps: of the sampler; None: its own.
         eta: ddim only.
         guidance_scale: of the images that have a label; 1: no guidance.

@@ -88,7 +88,7 @@ def points(args: argparse.Namespace, model: Model) -> list[Point]:
     total = model.schedule.num_train_steps
     asked: Spacing = args.spacing or model.scheduler.timestep_spacing
     return [
-        Point(sampler, eta, nfe, "trailing" if sampler == samplers.LEARNED or nfe == total else asked)
+        Point(sampler, eta, nfe, "trailing" if sampler == samplers.LEARNED else asked)
         for nfe in sorted(set(args.nfe))
         if nfe <= (args.max_nfe or total)
         for sampler, eta in (LINES[line] for line in args.samplers)
@@ -107,7 +107,8 @@ class Sweep:
     def __init__(self, path: Path, common: dict[str, Any], command: str) -> None:
         self.path = path
         self.content = checkpoint.read_json(path) if path.is_file() else {}
-        if not self.content.get("points"):
+        stale = any(self.content.get(name) != value for name, value in common.items())
+        if stale and not self.content.get("points"):
             self.content = {**common, "floor": None, "points": []}
         self.content["command"] = command
         for name, value in common.items():
@@ -179,8 +180,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--samples {args.samples} is too few to measure anything: {MIN_SAMPLES} or more")
     if min(args.nfe) < 1:
         raise ValueError(f"--nfe {min(args.nfe)} must be 1 or more")
-    if not 0 <= args.seed <= MAX_SEED - args.samples:
-        raise ValueError(f"--seed {args.seed} must be 0 .. {MAX_SEED - args.samples}")
+    most = MAX_SEED - args.samples + 1
+    if not 0 <= args.seed <= most:
+        raise ValueError(f"--seed {args.seed} must be 0 .. {most}")
     model = checkpoint.load_model(args.model)
     loaded = classifier.load(args.classifier)
     device = pick_device(args.device)

@@ -55,3 +55,12 @@ def test_what_does_not_go_together_is_refused_in_one_line(tmp_path: Path, capsys
         assert line.startswith("error: ")
         assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_flat_model_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, flat = written(tmp_path / "a", 1), written(tmp_path / "b", 2), tmp_path / "flat"
+    flat.mkdir()
+    (flat / "model_index.json").write_text("{}")
+    assert average.main([str(a), str(b), "--share", "0.5", "--out", str(flat)]) == 2
+    assert "already holds a model" in capsys.readouterr().err
+    assert not (flat / "unet").exists()

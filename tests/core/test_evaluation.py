@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 
 from ddpm_core import card, checkpoint, classifier, data, evaluate, evaluation, metrics, sampling
 from ddpm_core.checkpoint import Model
+from ddpm_core.noise import MAX_SEED
 from tests.networks import eight
 
 CPU = torch.device("cpu")
@@ -273,3 +275,26 @@ def test_classifier_of_another_data_set_is_refused() -> None:
     protocol = evaluation.Protocol(samples=100)
     with pytest.raises(ValueError, match="3 channels"):
         evaluation.evaluate(eight(), classifier.Classifier(3, 10).eval(), digits, digits, protocol, CPU)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"repeats": 0}, "repeats=0 must be 1 or more"),
+        ({"guidance_scale": math.nan}, "must be a finite number"),
+        ({"seed": -1}, "seed=-1 must be 0 or more"),
+        ({"seed": MAX_SEED - 100}, "at most"),
+    ],
+)
+def test_a_protocol_refuses_what_would_fail_after_minutes(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluation.Protocol(samples=100, **fields)
+
+
+def test_a_picture_of_many_classes_shows_the_first_of_them() -> None:
+    model = eight()
+    images, columns = sampling.one_row_a_class(model, CPU, columns=2, sampler="fast")
+    assert (len(images), columns) == (20, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "MOST_CLASSES", 3)
+        assert len(sampling.one_row_a_class(model, CPU, columns=2, sampler="fast")[0]) == 6

@@ -149,16 +149,14 @@ def test_after_a_bad_image_the_others_are_not_read(tmp_path: Path, monkeypatch: 
     write_folder(tmp_path)
     read = []
 
-    def second_fails(path: Path, size: int | None, channels: int) -> image_files.Pixels:
+    def second_differs(path: Path, size: int | None, channels: int) -> image_files.Pixels:
         read.append(path)
-        if len(read) == 2:
-            raise ValueError("bad")
         time.sleep(0.02)
-        return np.zeros((3, 4, 4), np.uint8)
+        return np.zeros((3, 4, 5 if len(read) == 2 else 4), np.uint8)
 
-    monkeypatch.setattr(image_files, "read", second_fails)
+    monkeypatch.setattr(image_files, "read", second_differs)
     monkeypatch.setattr(data, "ThreadPoolExecutor", functools.partial(ThreadPoolExecutor, 1))
-    with pytest.raises(ValueError, match="bad"):
+    with pytest.raises(ValueError, match="make all images one size"):
         load(tmp_path)
     assert len(read) < 32
 

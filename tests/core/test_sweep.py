@@ -171,9 +171,11 @@ def test_the_spacing_is_the_models_own_where_none_is_asked(arguments: list[str])
     scheduler = dataclasses.replace(model.scheduler, timestep_spacing="leading", steps_offset=1)
     checkpoint.save_model(Path(arguments[1]), model.net.state_dict(), model.config, scheduler)
     model = checkpoint.load_model(Path(arguments[1]))
-    assert sweep.main([*arguments, "--nfe", "3", "--samplers", "ddim"]) == 0
-    (point,) = content(arguments)["points"]
-    assert point["spacing"] == "leading"
+    total = str(model.schedule.num_train_steps)
+    assert sweep.main([*arguments, "--nfe", "3", total, "--samplers", "ddim"]) == 0
+    point, whole = content(arguments)["points"]
+    assert point["spacing"] == whole["spacing"] == "leading"
+    assert card.line_of(point) == card.line_of(whole)  # one curve
     assert point["plan_sha256"] == model.plan("ddim", 3).sha256
 
 

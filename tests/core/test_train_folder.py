@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from ddpm_core import classifier, data_arguments, evaluate, train
+from ddpm_core import classifier, data_arguments, evaluate, sweep, train
 from ddpm_core.checkpoint import WEIGHTS_NAME, load_model
 from tests.pictures import draw, write_folder
 
@@ -118,6 +119,12 @@ def test_a_classifier_learns_from_a_folder_and_refuses_one_without_classes(
     capsys.readouterr()
     assert classifier.main([*common, "--data-root", str(flat)]) == 2
     assert "has 0 classes; a classifier needs 2 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [classifier, evaluate, sweep])
+def test_every_folder_has_a_feature_space_of_its_own(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--data", "folder", "--data-root", "nowhere"]) == 2
+    assert "name the folder of these images' feature space" in capsys.readouterr().err
 
 
 def test_the_words_for_a_data_set_read_back_to_it() -> None:
