@@ -42,9 +42,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.models[0]} and {args.models[1]} are not of one network and schedule")
     theirs = second.net.state_dict()
     weights = {name: torch.lerp(ours, theirs[name], args.share) for name, ours in first.net.state_dict().items()}
-    checkpoint.save_model(args.out, weights, first.config, first.scheduler)
     shares = (1 - args.share, args.share)
     parts = [_facts(*of) for of in zip(args.models, (first, second), shares, strict=True)]
+    checkpoint.save_model(args.out, weights, first.config, first.scheduler)
     checkpoint.write_atomically(args.out / "training.json", checkpoint.to_json({"average_of": parts}))
 
 
