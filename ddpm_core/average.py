@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ddpm_core import checkpoint
-from ddpm_core.checkpoint import Model
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,12 +21,6 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--share", type=float, required=True, help="of the second one, 0 .. 1; the first one has the rest")
     p.add_argument("--out", type=Path, required=True, help="model directory to write")
     return p
-
-
-def _facts(directory: Path, model: Model, share: float) -> dict[str, Any]:
-    path = directory / "training.json"
-    training = checkpoint.read_json(path) if path.is_file() else {}
-    return {"share": share, "sha256": model.sha256, "training": training}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,9 +35,12 @@ def run(args: argparse.Namespace) -> None:
     theirs = second.net.state_dict()
     weights = {name: torch.lerp(ours, theirs[name], args.share) for name, ours in first.net.state_dict().items()}
     shares = (1 - args.share, args.share)
-    parts = [_facts(*of) for of in zip(args.models, (first, second), shares, strict=True)]
+    parts = [
+        {"share": share, **checkpoint.origin(path, model)}
+        for path, model, share in zip(args.models, (first, second), shares, strict=True)
+    ]
     checkpoint.save_model(args.out, weights, first.config, first.scheduler)
-    checkpoint.write_atomically(args.out / "training.json", checkpoint.to_json({"average_of": parts}))
+    checkpoint.write_atomically(args.out / checkpoint.RECORD_NAME, checkpoint.to_json({"average_of": parts}))
 
 
 def main(argv: list[str] | None = None) -> int:

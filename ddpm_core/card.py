@@ -51,17 +51,30 @@ def results_table(card: Mapping[str, Any]) -> str:
     rows = [
         (heading, _cell(metrics.get(key), factor, places), _cell(floor.get(key), factor, places))
         for key, heading, factor, places in ROWS
+        if key in metrics or key in floor
     ]
     return _table([head, *rows])
+
+
+def _bits_note(card: Mapping[str, Any]) -> list[str]:
+    """What bits per dimension are of, where there are any."""
+    bound, train_bound = (card[part].get("bits_per_dimension") for part in ("metrics", "floor"))
+    if bound is None:
+        return []
+    condition = "given their labels, " if card["model"]["classes"] else ""
+    return [
+        f"Bits per dimension: the variational bound of the {card['model']['train_steps']:,}-step ancestral chain, "
+        f"{condition}of {bound['samples']:,} test images and, in the floor's column, of {train_bound['samples']:,} "
+        f"training images; stratified over t, {bound['calls']} network calls an image, ± the standard error."
+    ]
 
 
 def notes(card: Mapping[str, Any]) -> list[str]:
     """What has to stand under the table for its figures to mean something."""
     metrics, floor, sampling, reference = card["metrics"], card["floor"], card["sampling"], card["reference"]
-    balance, bound, train_bound = metrics["class_balance"], metrics["bits_per_dimension"], floor["bits_per_dimension"]
+    balance, bits = metrics["class_balance"], _bits_note(card)
     test_images, train_images = reference["test_images"], reference["train_images"]
     near, real_near = metrics["nearest_train_distance"]["value"], floor["nearest_train_distance"]["value"]
-    condition = "given their labels, " if card["model"]["classes"] else ""
     return [
         f"Mean ± standard deviation over {metrics['fid']['seeds']} x {metrics['fid']['samples']:,} images, each set of "
         f"other seeds; the floor over {floor['fid']['sets']} x {floor['fid']['samples']:,} training "
@@ -75,9 +88,7 @@ def notes(card: Mapping[str, Any]) -> list[str]:
         f"{train_images:,} training images, and the share of images as near to one as the nearest 1 % of the "
         f"{test_images:,} test images are. The floor is the test images' own; a model that copies has more. "
         f"Ratio of the two medians: {near / max(real_near, 1e-12):.3f}.",
-        f"Bits per dimension: the variational bound of the {card['model']['train_steps']:,}-step ancestral chain, "
-        f"{condition}of {bound['samples']:,} test images and, in the floor's column, of {train_bound['samples']:,} "
-        f"training images; stratified over t, {bound['calls']} network calls an image, ± the standard error.",
+        *bits,
         f"Class balance of {balance['samples']:,} images drawn with no label: rarest class "
         f"{balance['rarest_share']:.1%}, commonest {balance['commonest_share']:.1%}, chi-square "
         f"{balance['chi_square']:.1f} with {balance['degrees_of_freedom']} degrees of freedom against the training "
@@ -161,6 +172,15 @@ def readme(card: Mapping[str, Any], sweep: Mapping[str, Any] | None = None) -> s
     count = classes or 10
     asked = f"list(range({count}))" if classes else f"[None] * {count}"
     note = f'  # {classes} means "no label"' if classes else ""
+    distilled = model.get("distilled", False)
+    steps = card["sampling"]["steps"] if distilled else 50
+    student = (
+        f" It is distilled: trained to draw with {steps} network calls, by the plan in `learned.json`, from what its "
+        "teacher draws with more. No other sampler fits it, it does not denoise from other timesteps, and it has no "
+        "likelihood."
+        if distilled
+        else ""
+    )
     kind = f'class-conditional, {classes} classes and "no label"' if classes else "unconditional"
     training = "\n".join(f"{number}. {line}" for number, line in enumerate(history(card["training"]), 1))
     if training:
@@ -183,7 +203,7 @@ tags:
 A denoising diffusion probabilistic model (Ho et al. 2020) of the data set `{data_name}`: a U-Net of
 {model["parameters"]:,} parameters for images of {channels} x {height} x {width}, {kind}, prediction type
 `{model["prediction_type"]}`, noise schedule `{model["beta_schedule"]}`. Weights: safetensors, sha256
-`{model["sha256"]}`.
+`{model["sha256"]}`.{student}
 
 ![images that it draws](samples.png)
 
@@ -197,7 +217,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 unet = UNet2DModel.from_pretrained("{path}", subfolder="unet").eval()
 scheduler = DDIMScheduler.from_pretrained("{path}", subfolder="scheduler")
-scheduler.set_timesteps(50)
+scheduler.set_timesteps({steps})
 x, labels = torch.randn({count}, {channels}, {height}, {width}), {labels}{note}
 with torch.inference_mode():
     for t in scheduler.timesteps:

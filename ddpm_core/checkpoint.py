@@ -34,6 +34,7 @@ from ddpm_core.unet import UNet, UNetConfig
 
 log = logging.getLogger(__name__)
 
+RECORD_NAME = "training.json"  # of a model directory: how its weights came about
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 GRAPH_NAME = "model.onnx"  # beside the weights: the network for ONNX Runtime
 
@@ -53,6 +54,7 @@ class Model:
     schedule: NoiseSchedule
     graph: Path | None = None  # where the network's graph lies, or would; None: the model is not on disk
     learned: Mapping[int, SamplingPlan] = dataclasses.field(default_factory=dict)  # fitted to it, by steps
+    distilled: bool = False  # trained for its learned plans: no other sampler fits
 
     @property
     def config(self) -> UNetConfig:
@@ -109,7 +111,7 @@ class Model:
         return samplers.build(
             self.schedule, sampler, steps,
             eta=eta, start=start, variance=s.variance_type, spacing=s.timestep_spacing, offset=s.steps_offset,
-            learned=self.learned,
+            learned=self.learned, distilled=self.distilled,
         )  # fmt: skip
 
 
@@ -181,17 +183,28 @@ def load_model(directory: Path) -> Model:
         raise CheckpointError(f"{weights_path}: {error}") from error
     net.eval().requires_grad_(False)
     name, sha256 = directory.resolve().name, sha256_of(weights_path)
-    plans = _learned_plans(directory / learned.PLANS_NAME, sha256)
-    return Model(name, sha256, net, scheduler, schedule, unet_dir / GRAPH_NAME, plans)
+    plans, distilled = _learned_plans(directory / learned.PLANS_NAME, sha256)
+    return Model(name, sha256, net, scheduler, schedule, unet_dir / GRAPH_NAME, plans, distilled)
 
 
-def _learned_plans(path: Path, sha256: str) -> dict[int, SamplingPlan]:
-    """The learned plans beside the weights; none where they were fitted to others. Raises CheckpointError."""
+def training_record(directory: Path) -> dict[str, Any]:
+    """How the weights in a model directory came about; nothing where that is not recorded."""
+    path = directory / RECORD_NAME
+    return read_json(path) if path.is_file() else {}
+
+
+def origin(directory: Path, model: Model) -> dict[str, Any]:
+    """A model as the record of another names it that came from it."""
+    return {"sha256": model.sha256, "training": training_record(directory)}
+
+
+def _learned_plans(path: Path, sha256: str) -> tuple[dict[int, SamplingPlan], bool]:
+    """learned.load() of what lies beside the weights; none where it is of others. Raises CheckpointError."""
     try:
         return learned.load(path, sha256)
     except learned.StalePlans as error:
         log.warning("%s %s: its plans are not offered; fit them anew with `python -m ddpm_core.fit_plans`", path, error)
-        return {}
+        return {}, False
     except ValueError as error:
         raise CheckpointError(
             f"{path}: {error}; delete it, then fit it anew: `python -m ddpm_core.fit_plans`"

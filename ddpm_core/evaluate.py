@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ddpm_core import card, checkpoint, classifier, data_arguments, evaluation, sampling
 from ddpm_core.checkpoint import Model
 from ddpm_core.evaluation import Evaluation, Figure, Protocol
+from ddpm_core.likelihood import Bound
 from ddpm_core.network import pick_device
 
 MIN_SAMPLES = 100  # below, FID says nothing and the class balance less
@@ -84,6 +85,11 @@ def entries(figures: Mapping[str, Figure], counted: str) -> dict[str, Any]:
     }
 
 
+def bits(bound: Bound | None) -> dict[str, Any]:
+    """A likelihood bound as JSON, where there is one."""
+    return {} if bound is None else {"bits_per_dimension": dataclasses.asdict(bound)}
+
+
 def report(model: Model, classifier_sha256: str, args: argparse.Namespace, evaluated: Evaluation) -> dict[str, Any]:
     """The figures as one JSON object: each in an entry that holds its number of images."""
     plan = model.plan(args.sampler, args.steps)
@@ -99,6 +105,7 @@ def report(model: Model, classifier_sha256: str, args: argparse.Namespace, evalu
             "train_steps": model.schedule.num_train_steps,
             "prediction_type": model.scheduler.prediction_type,
             "beta_schedule": model.scheduler.beta_schedule,
+            "distilled": model.distilled,
         },
         "data": args.data,
         "classifier_sha256": classifier_sha256,
@@ -114,12 +121,12 @@ def report(model: Model, classifier_sha256: str, args: argparse.Namespace, evalu
         "metrics": {
             **entries(evaluated.generated, "seeds"),
             "fid_over_floor": {"value": evaluated.fid_over_floor, "samples": evaluated.generated["fid"].samples},
-            "bits_per_dimension": dataclasses.asdict(evaluated.test_bound),
+            **bits(evaluated.test_bound),
             "class_balance": dataclasses.asdict(evaluated.balance),
         },
         "floor": {
             **entries(evaluated.floor, "sets"),
-            "bits_per_dimension": dataclasses.asdict(evaluated.train_bound),
+            **bits(evaluated.train_bound),
         },
     }
 
@@ -133,10 +140,9 @@ def run(args: argparse.Namespace) -> None:
     loaded = classifier.load(args.classifier)
     device = pick_device(args.device)
     train, test = (data_arguments.load(vars(args), train=part) for part in (True, False))
-    training_path = args.model / "training.json"
-    training = checkpoint.read_json(training_path) if training_path.is_file() else {}
+    training = checkpoint.training_record(args.model)  # before the work: it may be damaged
     start = time.monotonic()
-    bounded = sum(min(protocol.bound_images, len(part.images)) for part in (train, test))
+    bounded = 0 if model.distilled else sum(min(protocol.bound_images, len(part.images)) for part in (train, test))
     total = protocol.repeats * (protocol.samples + protocol.unlabelled) + bounded
     with tqdm(total=total, unit="image", mininterval=0.5, delay=0.5) as bar:
         evaluated = evaluation.evaluate(

@@ -81,8 +81,8 @@ class Evaluation:
     generated: dict[str, Figure]
     floor: dict[str, Figure]
     balance: ClassBalance  # of images drawn without a label, all seeds together, against the shares of the training set
-    test_bound: Bound
-    train_bound: Bound  # of images that were trained on: far below test_bound where a model overfits
+    test_bound: Bound | None  # None: a distilled network, which knows few timesteps, has none
+    train_bound: Bound | None  # of images that were trained on: far below test_bound where a model overfits
     nfe: int  # network calls an image, guidance counted twice
     train_images: int
     test_images: int
@@ -207,7 +207,7 @@ def evaluate(
         protocol: how many images, and how.
         device: where the model runs.
         on_batch: called after every batch of images, drawn (repeats * (samples + unlabelled)) or bounded
-            (bound_images of either part).
+            (bound_images of either part; none of a distilled model).
 
     Raises:
         ValueError: model, classifier, data set and protocol do not fit each other.
@@ -234,7 +234,9 @@ def evaluate(
         unlabelled = generate(model, device, seeds, [None] * more, **protocol.how, on_batch=on_batch)
         read_as.append(features(classifier_net, unlabelled)[1])
 
-    def bound(images: data.ImageSet) -> Bound:
+    def bound(images: data.ImageSet) -> Bound | None:
+        if model.distilled:
+            return None
         chosen = shuffled(images, protocol.seed)[: protocol.bound_images]
         labels = None if model.null_label is None else images.labels[chosen]
         return bits_per_dimension(model, device, images.images[chosen], labels, seed=protocol.seed, on_batch=on_batch)

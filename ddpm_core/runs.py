@@ -11,54 +11,105 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from ddpm_core import checkpoint, pictures, sampling
-from ddpm_core.checkpoint import CheckpointError, Model
+from ddpm_core import checkpoint, learned, pictures, sampling
+from ddpm_core.checkpoint import CheckpointError
 from ddpm_core.data import Options
+from ddpm_core.plans import SamplingPlan
 from ddpm_core.recipe import Recipe
 from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.training import StepStats, Trainer
-from ddpm_core.unet import UNet, UNetConfig
+from ddpm_core.trajectories import Chains
+from ddpm_core.unet import UNetConfig
+
+
+def _recipe(d: Mapping[str, Any]) -> Recipe:
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
+    return Recipe(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What run.json holds: enough to build the same training again."""
+    """What run.json holds: enough to build the same training again. Its subclasses say what is learned."""
 
-    data: str
-    data_root: str
     unet: UNetConfig
     scheduler: SchedulerConfig
     recipe: Recipe
     bf16: bool  # autocast
     compile: bool
     started_from: dict[str, Any]  # of a model whose weights it began with: their sha256, and how they were trained
-    data_options: Options
-    data_facts: dict[str, Any]  # ImageSet.facts()
+
+    READ: ClassVar[dict[str, Callable[[Any], Any]]] = {  # from JSON
+        "unet": UNetConfig.from_dict, "scheduler": SchedulerConfig.from_dict, "recipe": _recipe,
+    }  # fmt: skip
+
+    def facts(self) -> dict[str, Any]:
+        """What is learned from, for the model's records."""
+        raise NotImplementedError
+
+    def plans(self) -> Mapping[int, SamplingPlan]:
+        """The plans that the network is trained for, where it is trained for no others."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, d: dict[str, Any]) -> Run:
+    def from_dict(cls, d: dict[str, Any]) -> Self:
         """The inverse of to_dict. Raises ValueError where a field is missing, unknown or out of range."""
         try:
-            recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in d["recipe"].items()}
-            parts: dict[str, Any] = {
-                "unet": UNetConfig.from_dict(d["unet"]),
-                "scheduler": SchedulerConfig.from_dict(d["scheduler"]),
-                "recipe": Recipe(**recipe),
-                "data_options": Options(**d["data_options"]),
-            }
-            return cls(**{**d, **parts})
+            return cls(**{**d, **{name: read(d[name]) for name, read in cls.READ.items()}})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a field is missing or wrong: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRun(Run):
+    """A training on images.
+
+    Raises:
+        ValueError: the recipe does not fit the network.
+    """
+
+    data: str
+    data_root: str
+    data_options: Options
+    data_facts: dict[str, Any]  # ImageSet.facts()
+
+    READ: ClassVar[dict[str, Callable[[Any], Any]]] = {**Run.READ, "data_options": lambda d: Options(**d)}
+
+    def __post_init__(self) -> None:
+        if self.recipe.guidance_scale != 1 and self.unet.dropout:
+            raise ValueError("guidance_scale needs a network without dropout: two of its outputs are compared")
+
+    def facts(self) -> dict[str, Any]:
+        return {"data": self.data, "data_options": dataclasses.asdict(self.data_options), "data_facts": self.data_facts}
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationRun(Run):
+    """A training on what a teacher makes of noise; started_from is the teacher."""
+
+    teacher: str  # its directory
+    chains: Chains
+
+    READ: ClassVar[dict[str, Callable[[Any], Any]]] = {**Run.READ, "chains": lambda d: Chains(**d)}
+
+    def facts(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.chains)
+
+    def plans(self) -> Mapping[int, SamplingPlan]:
+        return {self.chains.nfe: self.chains.plan(self.scheduler.schedule())}
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 class RunDirectory:
@@ -67,6 +118,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state, self.config, self.metrics = path / "state.safetensors", path / "run.json", path / "metrics.jsonl"
+        self.model = path / "model"
 
     def save(self, trainer: Trainer, run: Run, log: list[StepStats]) -> None:
         """Writes a whole checkpoint. Once the state is there, a crash costs pictures only."""
@@ -75,12 +127,9 @@ class RunDirectory:
         progress = {"step": trainer.step, "elapsed_s": trainer.elapsed_s}
         tensors = {k: v.detach().contiguous() for k, v in trainer.state_tensors().items()}
         checkpoint.write_atomically(self.state, save(tensors, metadata={"progress": json.dumps(progress)}))
-        weights = trainer.ema.weights
-        sha256 = checkpoint.save_model(self.path / "model", weights, run.unet, run.scheduler)
+        sha256 = checkpoint.save_model(self.model, trainer.ema.weights, run.unet, run.scheduler)
         facts = {
-            "data": run.data,
-            "data_options": dataclasses.asdict(run.data_options),
-            "data_facts": run.data_facts,
+            **run.facts(),
             "recipe": dataclasses.asdict(run.recipe),
             "steps_done": trainer.step,
             "images_seen": trainer.step * run.recipe.batch_size,
@@ -90,16 +139,17 @@ class RunDirectory:
             "torch": torch.__version__,
             **({"started_from": run.started_from} if run.started_from else {}),
         }
-        checkpoint.write_atomically(self.path / "model" / "training.json", checkpoint.to_json(facts))
-        net = UNet(run.unet)
-        net.load_state_dict(weights)
-        model = Model("model", sha256, net, run.scheduler, run.scheduler.schedule())
-        pictures.save_samples(self.path / "samples.png", *sampling.one_row_a_class(model, trainer.device))
+        checkpoint.write_atomically(self.model / checkpoint.RECORD_NAME, checkpoint.to_json(facts))
+        if plans := run.plans():
+            content = learned.to_json(plans, sha256, {}, distilled=True)
+            checkpoint.write_atomically(self.model / learned.PLANS_NAME, checkpoint.to_json(content))
+        drawn = dataclasses.replace(checkpoint.load_model(self.model), graph=None)  # its graph is made once, at the end
+        pictures.save_samples(self.path / "samples.png", *sampling.one_row_a_class(drawn, trainer.device))
         if len(log) > 1:
             pictures.save_loss_curve(self.path / "loss.png", [s.step for s in log], [s.loss for s in log])
 
-    def read(self) -> Run:
-        """The run that is here.
+    def read(self, kind: type[AnyRun]) -> AnyRun:
+        """The run that is here, which is one of a kind.
 
         Raises:
             FileNotFoundError: there is none. CheckpointError: its run.json cannot be used.
@@ -107,7 +157,7 @@ class RunDirectory:
         if not self.state.is_file():
             raise FileNotFoundError(f"{self.path} holds no run to resume: leave --resume out to start one")
         try:
-            return Run.from_dict(checkpoint.read_json(self.config))
+            return kind.from_dict(checkpoint.read_json(self.config))
         except ValueError as error:
             raise CheckpointError(f"{self.config}: {error}") from error
 

@@ -41,7 +41,13 @@ PRESETS: dict[str, tuple[tuple[str, int | None], ...]] = {
 
 
 def resolve(
-    sampler: str, steps: int | None, most: int, learned: Collection[int] = (), *, from_noise: bool = True
+    sampler: str,
+    steps: int | None,
+    most: int,
+    learned: Collection[int] = (),
+    *,
+    distilled: bool = False,
+    from_noise: bool = True,
 ) -> tuple[str, int]:
     """The sampler behind a sampler's or preset's name, and its steps: those asked for, else its own.
 
@@ -50,13 +56,16 @@ def resolve(
         steps: 1 .. most; None: the sampler's own, as far as there are so many.
         most: how many steps the chain has: T, or t + 1 where it starts at t.
         learned: the numbers of steps that the model has learned plans for.
+        distilled: whether its network is trained for them alone; then every preset is LEARNED.
         from_noise: whether the chain starts at pure noise, as learned plans do; else at an image noised to some t.
 
     Raises:
         ValueError: no such sampler, or steps is out of range.
     """
     own_steps = None
-    if sampler in PRESETS:
+    if distilled and sampler in PRESETS:
+        sampler = LEARNED
+    elif sampler in PRESETS:
         sampler, own_steps = next(
             (name, count)
             for name, count in PRESETS[sampler]
@@ -69,7 +78,8 @@ def resolve(
         raise ValueError(f"sampler={sampler!r} is not known; known: {known}")
     if sampler == LEARNED:
         if not from_noise:
-            raise ValueError(f"sampler={LEARNED!r} starts from pure noise alone: take another to start at an image's t")
+            another = "this model has no other" if distilled else "take another to start at an image's t"
+            raise ValueError(f"sampler={LEARNED!r} starts from pure noise alone: {another}")
         if steps is None:
             steps = own_steps or max(learned)
         if steps not in learned:
@@ -93,6 +103,7 @@ def build(
     spacing: Spacing = "trailing",
     offset: int = 0,
     learned: Mapping[int, SamplingPlan] = MappingProxyType({}),
+    distilled: bool = False,
 ) -> SamplingPlan:
     """A plan by the name of its sampler or preset.
 
@@ -106,6 +117,7 @@ def build(
         variance: ddpm only.
         spacing, offset: of the timesteps; all T of them need neither.
         learned: plans fitted to the network, by their number of steps; they start from pure noise.
+        distilled: whether the network is trained for them alone.
 
     Raises:
         ValueError: no such sampler, or a number outside its range.
@@ -115,7 +127,7 @@ def build(
         if not 0 <= start < total:
             raise ValueError(f"start={start} must be 0 .. {total - 1}")
         total = start + 1
-    sampler, count = resolve(sampler, steps, total, learned, from_noise=start is None)
+    sampler, count = resolve(sampler, steps, total, learned, distilled=distilled, from_noise=start is None)
     if eta and sampler != "ddim":
         raise ValueError(f"eta={eta} is for sampler ddim alone; {sampler} has none")
     if sampler == LEARNED:

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-import torch
+from typing import Any, get_args
 
 from ddpm_core import checkpoint, data, data_arguments
 from ddpm_core.diffusion import Prediction
-from ddpm_core.network import pick_device
 from ddpm_core.plans import Variance
 from ddpm_core.recipe import Recipe
-from ddpm_core.runs import Run, RunDirectory
+from ddpm_core.run_options import add_recipe_arguments, add_run_arguments, hardware, recipe_of, resumed
+from ddpm_core.runs import RunDirectory, TrainingRun
 from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.unet import UNetConfig
 
@@ -33,24 +28,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def duration(text: str) -> float:
-    """'90s', '40m' or '2.5h' -> seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 90s, 40m or 2.5h")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
-
-
-def show_duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
 def build_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m ddpm_core.train",
@@ -58,30 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     where = p.add_argument_group("run")
-    where.add_argument("--out", type=Path, default=Path("runs/mnist"), help="run directory (default: %(default)s)")
-    where.add_argument(
-        "--resume", action="store_true", default=False, help="go on with the run in --out; its recipe stays"
-    )
+    add_run_arguments(where, Path("runs/mnist"))
     where.add_argument(
         "--init", type=Path, metavar="DIR", help="start from the weights of this model directory, and its network"
-    )
-    where.add_argument("--steps", type=int, help="optimizer steps in all")
-    where.add_argument(
-        "--time-budget", type=duration, dest="time_budget_s", metavar="DURATION", help="such as 40m; instead of --steps"
-    )
-    where.add_argument(
-        "--save-every", type=duration, default=300.0, metavar="DURATION", help="between checkpoints (default: 5m)"
-    )
-    where.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    where.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile the step; takes a minute, gains half (default: where there is a compiler)",
-    )
-    where.add_argument(
-        "--bf16",
-        action=argparse.BooleanOptionalAction,
-        help="bfloat16 autocast (default: where the hardware has it)",
     )
     data_arguments.add_data_arguments(p.add_argument_group("data"))
     how = p.add_argument_group("recipe (each option overrides the preset)")
@@ -89,19 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--prediction", choices=get_args(Prediction))
     how.add_argument("--schedule", choices=sorted(SCHEDULES))
     how.add_argument("--variance", choices=get_args(Variance), help="default: fixed_small")
-    hints = get_type_hints(Recipe)
-    for field in dataclasses.fields(Recipe):
-        if field.name in ("steps", "time_budget_s"):
-            continue
-        flag = "--" + field.name.replace("_", "-")
-        if choices := get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ():
-            how.add_argument(flag, choices=choices)
-        elif field.name == "adam_betas":
-            how.add_argument(flag, type=float, nargs=2, metavar=("B1", "B2"))
-        elif hints[field.name] is bool:
-            how.add_argument(flag, action=argparse.BooleanOptionalAction)
-        else:
-            how.add_argument(flag, type=type(field.default))
+    add_recipe_arguments(how, (f.name for f in dataclasses.fields(Recipe) if f.name not in ("steps", "time_budget_s")))
     net = p.add_argument_group("network")
     net.add_argument("--channels", type=int, nargs="+", help="one width a resolution (default: 32 64 64)")
     net.add_argument("--layers", type=int, help="residual blocks a resolution (default: 1)")
@@ -114,25 +58,18 @@ DEFAULTS: dict[str, Any] = {
     "channels": [32, 64, 64], "layers": 1, "dropout": 0.0,
 }  # fmt: skip
 OF_MODEL = {"prediction", "schedule", "variance", "channels", "layers", "dropout"}  # what --init brings along
-MAY_CHANGE = {  # what --resume takes besides its own option
-    "out", "resume", "steps", "time_budget_s", "save_every", "device", "compile", "bf16", "data_root", "download",
-}  # fmt: skip
+MAY_CHANGE = {"data_root", "download"}  # with --resume, besides what every run may
 
 
-def new_run(args: argparse.Namespace) -> tuple[Run, data.ImageSet]:
+def new_run(args: argparse.Namespace) -> tuple[TrainingRun, data.ImageSet]:
     """The run that a command line asks for, and its images."""
     given = {**DEFAULTS, **PRESETS[getattr(args, "recipe", DEFAULTS["recipe"])], **vars(args)}
     images = data_arguments.load(given, train=True)
-    recipe = {f.name: given[f.name] for f in dataclasses.fields(Recipe) if f.name in given}
-    if "adam_betas" in recipe:
-        recipe["adam_betas"] = tuple(recipe["adam_betas"])
-    if "steps" not in recipe and "time_budget_s" not in recipe:
-        batch_size = recipe.get("batch_size", Recipe(steps=1).batch_size)
-        recipe["steps"] = math.ceil(40 * len(images.images) / max(batch_size, 1))
+    recipe = recipe_of(given, len(images.images), epochs=40)
     unet, scheduler, started_from = of_model(args, images) if "init" in args else (*of_options(given, images), {})
-    run = Run(
-        given["data"], str(given["data_root"]), unet, scheduler, Recipe(**recipe),
-        bf16=has_bf16(pick_device(args.device)), compile=shutil.which("c++") is not None, started_from=started_from,
+    run = TrainingRun(
+        unet, scheduler, recipe, **hardware(args), started_from=started_from,
+        data=given["data"], data_root=str(given["data_root"]),
         data_options=data_arguments.options_of(given), data_facts=images.facts(),
     )  # fmt: skip
     return run, images
@@ -180,21 +117,12 @@ def of_model(args: argparse.Namespace, images: data.ImageSet) -> tuple[UNetConfi
             f"{args.init} is of {model.config.num_classes} classes of {wanted} images, "
             f"{images.name} has {images.num_classes} of {found}: they must agree"
         )
-    path = args.init / "training.json"
-    training = checkpoint.read_json(path) if path.is_file() else {}
-    return model.config, model.scheduler, {"sha256": model.sha256, "training": training}
+    return model.config, model.scheduler, checkpoint.origin(args.init, model)
 
 
-def old_run(args: argparse.Namespace, directory: RunDirectory) -> tuple[Run, data.ImageSet]:
+def old_run(args: argparse.Namespace, directory: RunDirectory) -> tuple[TrainingRun, data.ImageSet]:
     """The run in a directory, with what a command line changes of it, and its images."""
-    refused = sorted(f"--{name.replace('_', '-')}" for name in vars(args).keys() - MAY_CHANGE)
-    if refused:
-        raise ValueError(f"{', '.join(refused)} cannot change in a run that is resumed: start another in another --out")
-    run = directory.read()
-    length = {k: vars(args)[k] for k in ("steps", "time_budget_s") if k in args}
-    if length:
-        recipe = dataclasses.replace(run.recipe, **{"steps": 0, "time_budget_s": 0.0, **length})
-        run = dataclasses.replace(run, recipe=recipe)
+    run = resumed(args, directory, TrainingRun, MAY_CHANGE)
     if "data_root" in args:
         run = dataclasses.replace(run, data_root=str(args.data_root))
     images = data.load(run.data, Path(run.data_root), train=True, download=args.download, options=run.data_options)
@@ -204,11 +132,3 @@ def old_run(args: argparse.Namespace, directory: RunDirectory) -> tuple[Run, dat
             "bring them back, or start another run from its weights with --init"
         )
     return run, images
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes in bfloat16 itself, so that it is faster than float32 there."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

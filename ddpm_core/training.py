@@ -1,8 +1,9 @@
-"""Training: the loss, the moving average, and train(), a generator that its caller watches and interrupts.
+"""Training: one step, the moving average, and train(), a generator that its caller watches and interrupts.
 
-Knows tensors and numbers; files are runs.py's, progress bars and signals train.py's. Everything random in step k is a
-function of (seed, k), and so is the batch: a state saved after step k and resumed goes on bit for bit as if never
-interrupted. (With a time budget the learning rate follows the clock, and no two runs are the same.)
+What is learned is an objective's business (losses.py, trajectories.py), files are runs.py's, progress bars and signals
+training_loop.py's. Everything random in step k is a function of (seed, k), and so is the batch: a state saved after
+step k and resumed goes on bit for bit as if never interrupted. (With a time budget the learning rate follows the clock,
+and no two runs are the same.)
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ddpm_core import augmentation, data, diffusion, optimizers
-from ddpm_core.recipe import Recipe, batch_indices, sample_timesteps, seed_of
-from ddpm_core.schedules import NoiseSchedule
+from ddpm_core import optimizers
+from ddpm_core.recipe import Recipe, seed_of
+
+Predict = Callable[..., Tensor]
+"""The network in training: x_t (B, C, H, W), t (B,), and labels (B,) where it takes them -> its output, float32."""
+
+Objective = Callable[[Predict, int], Tensor]
+"""What is learned: the network and the number of a step -> the loss of that step's batch, with its gradient."""
 
 MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient before training gives up
 
@@ -39,12 +44,6 @@ class StepStats:
     progress: float  # 0 .. 1
 
 
-def loss_weights(prediction: diffusion.Prediction, snr: Tensor, gamma: float) -> Tensor:
-    """Min-SNR-gamma weights of the squared error of each prediction type; section 3.4 of Hang et al. 2023. (B,)."""
-    clipped = snr.clamp(max=gamma)
-    return {"epsilon": clipped / snr, "sample": clipped, "v_prediction": clipped / (snr + 1)}[prediction]
-
-
 class Ema:
     """Exponential moving average of the weights, float32: these are what ships."""
 
@@ -60,44 +59,25 @@ class Ema:
 
 
 class Trainer:
-    """A network in training: its weights, their average, the optimizer, and how far it is.
-
-    Raises:
-        ValueError: the recipe asks for what this network or these images do not allow.
-    """
+    """A network in training: its weights, their average, the optimizer, and how far it is."""
 
     def __init__(
         self,
         net: nn.Module,
-        schedule: NoiseSchedule,
-        prediction: diffusion.Prediction,
-        images: data.ImageSet,
+        objective: Objective,
         recipe: Recipe,
         *,
-        null_label: int | None,  # None: the network takes no labels
         device: torch.device,
         compile_net: bool = False,
         bf16: bool = False,
     ) -> None:
-        if recipe.guidance_scale != 1 and null_label is None:
-            raise ValueError(f"guidance_scale={recipe.guidance_scale} needs a network with labels")
-        if recipe.guidance_scale != 1 and any(isinstance(m, nn.Dropout) and m.p for m in net.modules()):
-            raise ValueError("guidance_scale needs a network without dropout: two of its outputs are compared")
-        height, width = images.images.shape[2:]
-        if recipe.shift >= min(height, width):
-            raise ValueError(f"shift={recipe.shift} must be less than the images' {width} x {height} pixels")
-        self.recipe, self.prediction, self.null_label, self.device, self.bf16 = (
-            recipe, prediction, null_label, device, bf16,
-        )  # fmt: skip
+        self.objective, self.recipe, self.device, self.bf16 = objective, recipe, device, bf16
         self.net = net.to(device).to(memory_format=torch.channels_last).train()
         self.forward = torch.compile(net) if compile_net else net
         self.ema = Ema(net, recipe.ema_decay)
         self.optimizers = optimizers.build(
             self.net, recipe.optimizer, adam_betas=recipe.adam_betas, weight_decay=recipe.weight_decay
         )
-        self.images, self.labels = images.images.to(device), images.labels.to(device)
-        self.alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod).to(device)
-        self.snr = torch.from_numpy(schedule.snr).to(device)
         self.step = 0
         self.elapsed_s = 0.0
 
@@ -114,55 +94,15 @@ class Trainer:
         decay = min(1.0, (1 - self.progress) / r.decay) if r.decay else 1.0
         return r.lr * warmup * decay
 
-    def augmented(self, images: Tensor) -> Tensor:
-        """The next step's batch (B, C, H, W), moved and mirrored where the recipe says so."""
-        r = self.recipe
-        if not (r.flip or r.shift):
-            return images
-        generator = torch.Generator(self.device).manual_seed(seed_of(r.seed, "augmentation", self.step))
-        return augmentation.flip_and_shift(images, flip=r.flip, shift=r.shift, generator=generator)
-
     def loss(self) -> Tensor:
-        """The loss of the next step's batch: E ||target - prediction||^2, weighted by min-SNR where asked."""
-        r, device = self.recipe, self.device
-        index = batch_indices(r, self.step, len(self.images)).to(device)
-        generator = torch.Generator(device).manual_seed(seed_of(r.seed, "loss", self.step))
-        x_0 = data.to_unit(self.augmented(self.images[index]))
-        t = sample_timesteps(r, len(self.alphas_cumprod), generator)
-        eps = torch.randn(x_0.shape, generator=generator, device=device)
-        alpha_bar = self.alphas_cumprod[t]
-        x_t = diffusion.q_sample(x_0, eps, alpha_bar).contiguous(memory_format=torch.channels_last)
-        inputs = [x_t, t]
-        if self.null_label is not None:
-            drop = torch.rand(len(t), generator=generator, device=device) < r.label_drop
-            inputs.append(torch.where(drop, self.null_label, self.labels[index]))
-        output = self.predict(*inputs)
-        target = diffusion.target(self.prediction, x_0, eps, alpha_bar)
-        if r.guidance_scale != 1:
-            target = target + self.guidance(output.detach(), *inputs)
-        error = output - target
-        per_image = error.square().flatten(1).mean(1)
-        if r.min_snr_gamma:
-            per_image = per_image * loss_weights(self.prediction, self.snr[t], r.min_snr_gamma).float()
-        loss: Tensor = per_image.mean()
-        return loss
+        """The loss of the next step's batch."""
+        return self.objective(self.predict, self.step)
 
     def predict(self, *inputs: Tensor) -> Tensor:
         """The network's output in float32, computed in bfloat16 where the run has it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             output: Tensor = self.forward(*inputs)
         return output.float()
-
-    @torch.no_grad()
-    def guidance(self, output: Tensor, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """What is added to the target of images with a label, so that the network learns its own guided prediction.
-
-        Wanted is g = u + s (c - u), c the mean of the target given the label and u without it. Where the network says
-        g already, c + (1 - 1/s) (g - u) = g: so that much of the difference of its own two outputs is added. After
-        Tang et al. 2025 (arXiv 2502.12154), whose weight w is 1 - 1/s; 0 where the label was dropped.
-        """
-        unlabelled = self.predict(x_t, t, torch.full_like(labels, cast(int, self.null_label)))
-        return (1 - 1 / self.recipe.guidance_scale) * (output - unlabelled)
 
     def train_step(self) -> tuple[float, float, float] | None:
         """One optimizer step: loss, lr, gradient norm. None where the gradient is not finite: nothing was changed."""

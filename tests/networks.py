@@ -4,10 +4,12 @@ of a single level, for scikit-learn's 8x8 digits."""
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 
-from ddpm_core.checkpoint import Model
+from ddpm_core import learned
+from ddpm_core.checkpoint import Model, load_model, to_json
 from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -47,3 +49,10 @@ def eight(num_class_embeds: int | None = 11, scheduler: SchedulerConfig = EIGHT_
         if not parameter.any():  # layers that start at zero would hide the label
             parameter.normal_(std=0.2)
     return Model("tiny", "-", net, scheduler, scheduler.schedule())
+
+
+def call_distilled(directory: Path) -> None:
+    """Makes a model directory say that its network was distilled for 2 calls."""
+    model = load_model(directory)
+    content = learned.to_json({2: model.plan("ddim", 2)}, model.sha256, {}, distilled=True)
+    (directory / learned.PLANS_NAME).write_bytes(to_json(content))

@@ -89,6 +89,7 @@ class Runner:
             m.schedule.num_train_steps, m.config.num_classes, m.schedule.alphas_cumprod,
             "onnxruntime" if isinstance(self._network, OnnxNetwork) else "torch",
             {steps: plan.sha256 for steps, plan in m.learned.items()},
+            m.distilled,
         )  # fmt: skip
 
     def row(self, params: GenerateParams, index: int) -> Row:

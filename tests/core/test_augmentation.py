@@ -11,12 +11,14 @@ from torch.nn import functional as F
 
 from ddpm_core import data, schedules
 from ddpm_core.augmentation import flip_and_shift
+from ddpm_core.losses import DenoisingLoss
 from ddpm_core.recipe import Recipe
 from ddpm_core.training import Trainer
 from ddpm_core.unet import UNet
 from tests.networks import DIGITS
 
 SCHEDULE = schedules.cosine(100)
+CPU = torch.device("cpu")
 
 
 def augment(images: Tensor, *, flip: bool = False, shift: int = 0, seed: int = 0) -> Tensor:
@@ -61,11 +63,15 @@ def test_augmentation_is_a_function_of_its_generator_and_changes_no_argument() -
     assert torch.equal(images, before)
 
 
+def loss_of(images: Tensor, recipe: Recipe) -> DenoisingLoss:
+    whole = data.ImageSet("test", images, torch.zeros(len(images), dtype=torch.long), 1)
+    return DenoisingLoss(whole, SCHEDULE, "epsilon", recipe, null_label=None, device=CPU)
+
+
 def trainer_of(images: Tensor, recipe: Recipe) -> Trainer:
     torch.manual_seed(0)
-    whole = data.ImageSet("test", images, torch.zeros(len(images), dtype=torch.long), 1)
     net = UNet(dataclasses.replace(DIGITS, sample_size=8, num_class_embeds=None))
-    return Trainer(net, SCHEDULE, "epsilon", whole, recipe, null_label=None, device=torch.device("cpu"))
+    return Trainer(net, loss_of(images, recipe), recipe, device=CPU)
 
 
 def test_off_is_free_and_on_leaves_timesteps_and_noise_alone() -> None:
@@ -74,17 +80,17 @@ def test_off_is_free_and_on_leaves_timesteps_and_noise_alone() -> None:
     images = torch.cat([half, half.flip(3)], 3)
     off = trainer_of(images, Recipe(steps=3, batch_size=8))
     on = trainer_of(images, Recipe(steps=3, batch_size=8, flip=True))
-    assert off.augmented(images) is images
+    assert loss_of(images, off.recipe).augmented(images, 0) is images
     assert float(on.loss().detach()) == float(off.loss().detach())
 
 
 def test_each_step_and_seed_moves_images_otherwise() -> None:
     images, seen = images_of(16, (1, 8, 8)), []
     for seed in (0, 1):
-        trainer = trainer_of(images, Recipe(steps=3, batch_size=8, shift=2, seed=seed))
-        for trainer.step in range(3):
-            assert torch.equal(trainer.augmented(images), trainer.augmented(images))
-            seen.append(trainer.augmented(images))
+        loss = loss_of(images, Recipe(steps=3, batch_size=8, shift=2, seed=seed))
+        for step in range(3):
+            assert torch.equal(loss.augmented(images, step), loss.augmented(images, step))
+            seen.append(loss.augmented(images, step))
     assert len(torch.stack(seen).unique(dim=0)) == 6
 
 

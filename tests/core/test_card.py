@@ -113,5 +113,6 @@ def test_figures_hold_on_fewer_images() -> None:
         excess, abs=0.25 * abs(excess) + 0.05
     )
     bound = stated["metrics"]["bits_per_dimension"]
+    assert found.test_bound is not None
     error = math.hypot(bound["standard_error"], found.test_bound.standard_error)
     assert found.test_bound.value == pytest.approx(bound["value"], abs=4 * error)

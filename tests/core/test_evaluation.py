@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from PIL import Image
 from ddpm_core import card, checkpoint, classifier, data, evaluate, evaluation, metrics, sampling
 from ddpm_core.checkpoint import Model
 from ddpm_core.noise import MAX_SEED
-from tests.networks import eight
+from tests.networks import call_distilled, eight
 
 CPU = torch.device("cpu")
 
@@ -107,6 +108,28 @@ def run_cli(capsys: pytest.CaptureFixture[str], *options: str, name: str = "tiny
     assert evaluate.main([*arguments, "--device", "cpu", *options]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return found
+
+
+def test_a_distilled_model_is_measured_by_its_own_plan_and_has_no_likelihood(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = inside / "weights" / "student"
+    shutil.copytree(inside / "weights" / "tiny", directory)
+    call_distilled(directory)
+    found = run_cli(capsys, "--card", "--sampler", "balanced", name="student")
+    assert found["sampling"] == {
+        "sampler": "balanced",
+        "method": "learned",
+        "steps": 2,
+        "nfe": 2,
+        "guidance_scale": 1.0,
+        "seed": 0,
+    }
+    assert not any("bits_per_dimension" in found[part] for part in ("metrics", "floor"))
+    text = (directory / "README.md").read_text()
+    assert "distilled: trained to draw with 2 network calls" in text
+    assert "scheduler.set_timesteps(2)" in text
+    assert "its per dimension" not in text
 
 
 def test_command_line_end_to_end(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:

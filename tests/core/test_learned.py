@@ -92,10 +92,12 @@ def test_what_is_written_is_read_to_the_last_bit(tmp_path: Path) -> None:
     plan = form.plan(np.linspace(-0.1, 0.1, form.size))
     path = tmp_path / learned.PLANS_NAME
     path.write_bytes(checkpoint.to_json(learned.to_json({3: plan}, "abc", {"images": 1})))
-    (found,) = learned.load(path, "abc").values()
+    plans, distilled = learned.load(path, "abc")
+    (found,) = plans.values()
+    assert not distilled
     assert found.sha256 == plan.sha256
     assert found.sampler == "learned"
-    assert learned.load(tmp_path / "nothing.json", "abc") == {}
+    assert learned.load(tmp_path / "nothing.json", "abc") == ({}, False)
     with pytest.raises(learned.StalePlans, match="other weights"):
         learned.load(path, "abd")
 
@@ -122,6 +124,8 @@ def _rows(content: dict[str, Any]) -> Any:
         lambda c: _rows(c)["timesteps"].__setitem__(2, -1.0),
         lambda c: _rows(c)["alpha_bars"].__setitem__(1, 1.5),
         lambda c: c["plans"].update({"4": c["plans"].pop("3")}),
+        lambda c: c.update(distilled="yes"),
+        lambda c: c.update(distilled=True, plans={}),
         lambda c: c["plans"].update({"x": c["plans"].pop("3")}),
     ],
 )

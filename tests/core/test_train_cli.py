@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import ddpm_core
-from ddpm_core import checkpoint, runs, train, train_options
+from ddpm_core import checkpoint, run_options, runs, train, training_loop
 from ddpm_core.checkpoint import WEIGHTS_NAME, load_model
 from ddpm_core.unet import UNet
 
@@ -39,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run of 60 steps, with a line of metrics for every second one."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "LOG_EVERY", 2)
+        patch.setattr(training_loop, "LOG_EVERY", 2)
         assert train.main(arguments(out, "--steps", "60")) == 0
     return out
 
@@ -69,7 +69,7 @@ def test_a_run_writes_a_model_pictures_metrics_and_its_recipe(finished: Path) ->
 
 def test_run_json_reads_back_to_the_same_run(finished: Path) -> None:
     text = (finished / "run.json").read_bytes()
-    run = runs.Run.from_dict(json.loads(text))
+    run = runs.TrainingRun.from_dict(json.loads(text))
     assert checkpoint.to_json(run.to_dict()) == text
 
 
@@ -216,7 +216,7 @@ def test_a_run_that_cannot_be_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("40m", 2400), ("2.5h", 9000)])
 def test_durations_are_read(text: str, seconds: float) -> None:
-    assert train_options.duration(text) == seconds
+    assert run_options.duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["90", "1d", "s", "0s", "1h30m"])

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddpm_core import data, diffusion, optimizers, schedules, training
+from ddpm_core import data, diffusion, losses, optimizers, runs, schedules
 from ddpm_core import recipe as draws
 from ddpm_core.diffusion import Prediction
+from ddpm_core.losses import DenoisingLoss
 from ddpm_core.recipe import Recipe
+from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.training import Ema, Trainer, TrainingDiverged
 from ddpm_core.unet import UNet
 from tests.networks import DIGITS
@@ -77,7 +79,16 @@ def trainer_of(
     prediction: Prediction = "epsilon",
     null_label: int | None = None,
 ) -> Trainer:
-    return Trainer(net, SCHEDULE, prediction, images or constant_images(), recipe, null_label=null_label, device=CPU)
+    return Trainer(net, loss_of(recipe, images, prediction, null_label), recipe, device=CPU)
+
+
+def loss_of(
+    recipe: Recipe,
+    images: data.ImageSet | None = None,
+    prediction: Prediction = "epsilon",
+    null_label: int | None = None,
+) -> DenoisingLoss:
+    return DenoisingLoss(images or constant_images(), SCHEDULE, prediction, recipe, null_label=null_label, device=CPU)
 
 
 def tiny_unet(seed: int, dropout: float = 0.0) -> UNet:
@@ -153,9 +164,9 @@ def test_timesteps_are_uniform(kind: Any) -> None:
 def test_min_snr_weights_are_the_papers() -> None:
     """gamma = 5: min(snr, 5) / snr for eps, min(snr, 5) for x_0, min(snr, 5) / (snr + 1) for v."""
     snr = torch.tensor([0.1, 5.0, 20.0], dtype=torch.float64)
-    assert training.loss_weights("epsilon", snr, 5.0).tolist() == pytest.approx([1, 1, 0.25])
-    assert training.loss_weights("sample", snr, 5.0).tolist() == pytest.approx([0.1, 5, 5])
-    assert training.loss_weights("v_prediction", snr, 5.0).tolist() == pytest.approx([0.1 / 1.1, 5 / 6, 5 / 21])
+    assert losses.snr_weights("epsilon", snr, 5.0).tolist() == pytest.approx([1, 1, 0.25])
+    assert losses.snr_weights("sample", snr, 5.0).tolist() == pytest.approx([0.1, 5, 5])
+    assert losses.snr_weights("v_prediction", snr, 5.0).tolist() == pytest.approx([0.1 / 1.1, 5 / 6, 5 / 21])
 
 
 @pytest.mark.parametrize("gamma", [0.0, 5.0])
@@ -201,10 +212,10 @@ def test_what_guidance_adds_keeps_the_guided_prediction_where_it_is(prediction: 
     """Target c of the label, u of none: the network that says u + s (c - u) has no error left in the mean."""
     c, u, s = 0.7, 0.3, 2.5
     net = TwoAnswers(u + s * (c - u), u)
-    trainer = trainer_of(net, Recipe(steps=1, guidance_scale=s), prediction=prediction, null_label=1)
+    loss = loss_of(Recipe(steps=1, guidance_scale=s), prediction=prediction, null_label=1)
     x_t = torch.zeros(2, 1, 8, 8)
     labels = torch.tensor([0, 1])
-    added = trainer.guidance(net(x_t, labels, labels), x_t, labels, labels)
+    added = loss.guidance(net(x_t, labels, labels), net(x_t, labels, torch.ones_like(labels)))
     assert not added.requires_grad
     assert (c + added[0]).flatten()[0] == pytest.approx(u + s * (c - u))
     assert not added[1].any()
@@ -213,9 +224,12 @@ def test_what_guidance_adds_keeps_the_guided_prediction_where_it_is(prediction: 
 def test_guidance_is_refused_where_it_could_not_be_learned() -> None:
     with pytest.raises(ValueError, match="needs label_drop above 0"):
         Recipe(steps=1, guidance_scale=2.0, label_drop=0.0)
-    net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.1))
     with pytest.raises(ValueError, match="without dropout"):
-        trainer_of(net, Recipe(steps=1, guidance_scale=2.0), null_label=1)
+        runs.TrainingRun(
+            dataclasses.replace(DIGITS, dropout=0.1), SchedulerConfig(), Recipe(steps=1, guidance_scale=2.0),
+            bf16=False, compile=False, started_from={}, data="", data_root="", data_options=data.Options(),
+            data_facts={},
+        )  # fmt: skip
 
 
 def test_guidance_of_1_costs_no_call_and_a_network_without_labels_has_none() -> None:

@@ -1,0 +1,111 @@
+"""Distills a model into one of few network calls: `python -m ddpm_core.distill --help`. Writes a run directory.
+
+The student begins with the teacher's weights and is trained for one plan (trajectories.py), which its model directory
+brings along as a learned plan. No data set is needed: it learns from what the teacher makes of noise. The chains are
+drawn first, into <out>/chains, and stay there for --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ddpm_core import checkpoint, run_options, training_loop, trajectories
+from ddpm_core.checkpoint import Model
+from ddpm_core.network import pick_device
+from ddpm_core.runs import DistillationRun, Run, RunDirectory
+from ddpm_core.training import Trainer
+from ddpm_core.trajectories import Chains, TrajectoryLoss
+from ddpm_core.unet import UNet
+
+RECIPE: dict[str, Any] = {
+    "batch_size": 64, "optimizer": "muon", "lr": 1e-3, "warmup_steps": 50, "decay": 1.0, "adam_betas": (0.9, 0.99),
+    "ema_decay": 0.9995,
+}  # fmt: skip
+EPOCHS = 10
+OPTIONS = (*RECIPE, "weight_decay", "clip_grad", "seed")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m ddpm_core.distill",
+        description="Train a student of few network calls from a model. Ctrl-C saves and says how to resume.",
+        argument_default=argparse.SUPPRESS,
+    )
+    run_options.add_run_arguments(p.add_argument_group("run"), Path("runs/mnist-2"))
+    what = p.add_argument_group("what is learned")
+    what.add_argument("--model", type=Path, help="the teacher's directory (default: weights/mnist)")
+    what.add_argument("--nfe", type=int, help=f"network calls of the student (default: {Chains.nfe})")
+    what.add_argument("--teacher-nfe", type=int, help=f"of the teacher (default: {Chains.teacher_nfe})")
+    what.add_argument("--chains", type=int, help=f"of the teacher to learn from (default: {Chains.chains})")
+    how = p.add_argument_group("recipe")
+    run_options.add_recipe_arguments(how, OPTIONS)
+    return p
+
+
+def new_run(args: argparse.Namespace) -> tuple[DistillationRun, Model]:
+    """The run that a command line asks for, and its teacher."""
+    chains = Chains(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Chains) if f.name in args})
+    path = getattr(args, "model", Path("weights/mnist"))
+    teacher = checkpoint.load_model(path)
+    if teacher.distilled:
+        raise ValueError(f"{path} is a student itself: name a model that draws with many calls")
+    run = DistillationRun(
+        dataclasses.replace(teacher.config, dropout=0.0),
+        # Nothing is clipped on the way, in training and in use alike: a clipped x_0_hat would have no gradient.
+        dataclasses.replace(teacher.scheduler, clip_sample=False, timestep_spacing="trailing"),
+        run_options.recipe_of({**RECIPE, **vars(args)}, chains.chains, EPOCHS),
+        **run_options.hardware(args),
+        started_from=checkpoint.origin(path, teacher),
+        teacher=str(path),
+        chains=chains,
+    )
+    return run, teacher
+
+
+def old_run(args: argparse.Namespace, directory: RunDirectory) -> tuple[DistillationRun, Model]:
+    """The run in a directory, with what a command line changes of it, and its teacher."""
+    run = run_options.resumed(args, directory, DistillationRun, {"model"})
+    run = dataclasses.replace(run, teacher=str(getattr(args, "model", run.teacher)))
+    teacher = checkpoint.load_model(Path(run.teacher))
+    if teacher.sha256 != run.started_from["sha256"]:
+        raise ValueError(f"{run.teacher} is not the teacher that this run began with: name it with --model")
+    return run, teacher
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    directory = RunDirectory(args.out)
+
+    def prepare() -> tuple[Run, Trainer, str]:
+        run, teacher = old_run(args, directory) if args.resume else new_run(args)
+        device, which = pick_device(args.device), run.chains
+        with tqdm(total=which.chains, desc="the teacher's chains", unit="chain", mininterval=0.5, delay=0.5) as bar:
+            network = teacher.network(device)
+            chains = trajectories.draw(teacher, network, device, which, directory.path / "chains", bar.update)
+        schedule = run.scheduler.schedule()
+        objective = TrajectoryLoss(
+            chains, trajectories.labels_of(teacher, range(which.chains)),
+            which.plan(schedule), run.scheduler.prediction_type, run.recipe, device=device,
+        )  # fmt: skip
+        net = UNet(run.unet)
+        net.load_state_dict(teacher.net.state_dict())
+        trainer = Trainer(net, objective, run.recipe, device=device, compile_net=run.compile, bf16=run.bf16)
+        on_what = (
+            f"data   {which.chains:,} chains of {run.teacher}, {which.teacher_nfe} calls each, "
+            f"to be learned in {which.nfe}"
+        )
+        return run, trainer, on_what
+
+    return training_loop.carry_out(
+        prepare, directory, "ddpm_core.distill", resume=args.resume, save_every=args.save_every
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
