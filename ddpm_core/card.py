@@ -172,13 +172,12 @@ def readme(card: Mapping[str, Any], sweep: Mapping[str, Any] | None = None) -> s
     count = classes or 10
     asked = f"list(range({count}))" if classes else f"[None] * {count}"
     note = f'  # {classes} means "no label"' if classes else ""
-    distilled = model.get("distilled", False)
-    steps = card["sampling"]["steps"] if distilled else 50
+    distilled_steps = model.get("distilled_steps")
+    steps = distilled_steps or 50
     student = (
-        f" It is distilled: trained to draw with {steps} network calls, by the plan in `learned.json`, from what its "
-        "teacher draws with more. No other sampler fits it, it does not denoise from other timesteps, and it has no "
-        "likelihood."
-        if distilled
+        f" It is distilled: trained to draw by DDIM with {steps} steps what its teacher draws with more. No other "
+        "sampler fits it, it denoises from no other timesteps, and it has no likelihood."
+        if distilled_steps
         else ""
     )
     kind = f'class-conditional, {classes} classes and "no label"' if classes else "unconditional"

@@ -54,11 +54,15 @@ class Model:
     schedule: NoiseSchedule
     graph: Path | None = None  # where the network's graph lies, or would; None: the model is not on disk
     learned: Mapping[int, SamplingPlan] = dataclasses.field(default_factory=dict)  # fitted to it, by steps
-    distilled: bool = False  # trained for its learned plans: no other sampler fits
 
     @property
     def config(self) -> UNetConfig:
         return self.net.config
+
+    @property
+    def distilled_steps(self) -> int | None:
+        """The steps of ddim that its network is trained for, where it is trained for nothing else."""
+        return self.scheduler.distilled_steps
 
     @property
     def null_label(self) -> int | None:
@@ -111,7 +115,7 @@ class Model:
         return samplers.build(
             self.schedule, sampler, steps,
             eta=eta, start=start, variance=s.variance_type, spacing=s.timestep_spacing, offset=s.steps_offset,
-            learned=self.learned, distilled=self.distilled,
+            learned=self.learned, distilled_steps=self.distilled_steps,
         )  # fmt: skip
 
 
@@ -183,8 +187,8 @@ def load_model(directory: Path) -> Model:
         raise CheckpointError(f"{weights_path}: {error}") from error
     net.eval().requires_grad_(False)
     name, sha256 = directory.resolve().name, sha256_of(weights_path)
-    plans, distilled = _learned_plans(directory / learned.PLANS_NAME, sha256)
-    return Model(name, sha256, net, scheduler, schedule, unet_dir / GRAPH_NAME, plans, distilled)
+    plans = _learned_plans(directory / learned.PLANS_NAME, sha256)
+    return Model(name, sha256, net, scheduler, schedule, unet_dir / GRAPH_NAME, plans)
 
 
 def training_record(directory: Path) -> dict[str, Any]:
@@ -198,13 +202,13 @@ def origin(directory: Path, model: Model) -> dict[str, Any]:
     return {"sha256": model.sha256, "training": training_record(directory)}
 
 
-def _learned_plans(path: Path, sha256: str) -> tuple[dict[int, SamplingPlan], bool]:
-    """learned.load() of what lies beside the weights; none where it is of others. Raises CheckpointError."""
+def _learned_plans(path: Path, sha256: str) -> dict[int, SamplingPlan]:
+    """The learned plans beside the weights; none where they were fitted to others. Raises CheckpointError."""
     try:
         return learned.load(path, sha256)
     except learned.StalePlans as error:
         log.warning("%s %s: its plans are not offered; fit them anew with `python -m ddpm_core.fit_plans`", path, error)
-        return {}, False
+        return {}
     except ValueError as error:
         raise CheckpointError(
             f"{path}: {error}; delete it, then fit it anew: `python -m ddpm_core.fit_plans`"

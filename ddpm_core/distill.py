@@ -1,8 +1,9 @@
 """Distills a model into one of few network calls: `python -m ddpm_core.distill --help`. Writes a run directory.
 
-The student begins with the teacher's weights and is trained for one plan (trajectories.py), which its model directory
-brings along as a learned plan. No data set is needed: it learns from what the teacher makes of noise. The chains are
-drawn first, into <out>/chains, and stay there for --resume.
+The student begins with the teacher's weights and is trained for DDIM with few steps (trajectories.py). The config of
+its scheduler says so, and the service draws with it in no other way. No data set is needed: it learns from what the
+teacher makes of noise. The chains are drawn first, into <out>/chains, where the same command finds them when it is
+stopped before its first checkpoint, and --resume after that.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ RECIPE: dict[str, Any] = {
     "ema_decay": 0.9995,
 }  # fmt: skip
 EPOCHS = 10
-OPTIONS = (*RECIPE, "weight_decay", "clip_grad", "seed")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,14 +37,14 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train a student of few network calls from a model. Ctrl-C saves and says how to resume.",
         argument_default=argparse.SUPPRESS,
     )
-    run_options.add_run_arguments(p.add_argument_group("run"), Path("runs/mnist-2"))
+    run_options.add_run_arguments(p.add_argument_group("run"), Path("runs/student"))
     what = p.add_argument_group("what is learned")
     what.add_argument("--model", type=Path, help="the teacher's directory (default: weights/mnist)")
     what.add_argument("--nfe", type=int, help=f"network calls of the student (default: {Chains.nfe})")
     what.add_argument("--teacher-nfe", type=int, help=f"of the teacher (default: {Chains.teacher_nfe})")
     what.add_argument("--chains", type=int, help=f"of the teacher to learn from (default: {Chains.chains})")
     how = p.add_argument_group("recipe")
-    run_options.add_recipe_arguments(how, OPTIONS)
+    run_options.add_recipe_arguments(how, (n for n in trajectories.OF_RECIPE if n not in ("steps", "time_budget_s")))
     return p
 
 
@@ -53,12 +53,17 @@ def new_run(args: argparse.Namespace) -> tuple[DistillationRun, Model]:
     chains = Chains(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Chains) if f.name in args})
     path = getattr(args, "model", Path("weights/mnist"))
     teacher = checkpoint.load_model(path)
-    if teacher.distilled:
+    if teacher.distilled_steps is not None:
         raise ValueError(f"{path} is a student itself: name a model that draws with many calls")
+    if teacher.scheduler.prediction_type == "epsilon":
+        raise ValueError(f"{path} predicts eps, which in pure noise says nothing of x_0: take a model that predicts v")
+    chains.plans(teacher.schedule)
     run = DistillationRun(
         dataclasses.replace(teacher.config, dropout=0.0),
         # Nothing is clipped on the way, in training and in use alike: a clipped x_0_hat would have no gradient.
-        dataclasses.replace(teacher.scheduler, clip_sample=False, timestep_spacing="trailing"),
+        dataclasses.replace(
+            teacher.scheduler, clip_sample=False, timestep_spacing="trailing", distilled_steps=chains.nfe
+        ),
         run_options.recipe_of({**RECIPE, **vars(args)}, chains.chains, EPOCHS),
         **run_options.hardware(args),
         started_from=checkpoint.origin(path, teacher),
@@ -91,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         schedule = run.scheduler.schedule()
         objective = TrajectoryLoss(
             chains, trajectories.labels_of(teacher, range(which.chains)),
-            which.plan(schedule), run.scheduler.prediction_type, run.recipe, device=device,
+            which.plans(schedule)[0], run.scheduler.prediction_type, run.recipe, device=device,
         )  # fmt: skip
         net = UNet(run.unet)
         net.load_state_dict(teacher.net.state_dict())

@@ -105,7 +105,7 @@ def report(model: Model, classifier_sha256: str, args: argparse.Namespace, evalu
             "train_steps": model.schedule.num_train_steps,
             "prediction_type": model.scheduler.prediction_type,
             "beta_schedule": model.scheduler.beta_schedule,
-            "distilled": model.distilled,
+            "distilled_steps": model.distilled_steps,
         },
         "data": args.data,
         "classifier_sha256": classifier_sha256,
@@ -142,7 +142,9 @@ def run(args: argparse.Namespace) -> None:
     train, test = (data_arguments.load(vars(args), train=part) for part in (True, False))
     training = checkpoint.training_record(args.model)  # before the work: it may be damaged
     start = time.monotonic()
-    bounded = 0 if model.distilled else sum(min(protocol.bound_images, len(part.images)) for part in (train, test))
+    bounded = (
+        0 if model.distilled_steps else sum(min(protocol.bound_images, len(part.images)) for part in (train, test))
+    )
     total = protocol.repeats * (protocol.samples + protocol.unlabelled) + bounded
     with tqdm(total=total, unit="image", mininterval=0.5, delay=0.5) as bar:
         evaluated = evaluation.evaluate(

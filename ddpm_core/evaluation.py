@@ -235,7 +235,7 @@ def evaluate(
         read_as.append(features(classifier_net, unlabelled)[1])
 
     def bound(images: data.ImageSet) -> Bound | None:
-        if model.distilled:
+        if model.distilled_steps is not None:
             return None
         chosen = shuffled(images, protocol.seed)[: protocol.bound_images]
         labels = None if model.null_label is None else images.labels[chosen]

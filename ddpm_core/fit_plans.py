@@ -55,8 +55,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"images and iterations must be 1 or more, and steps 2 .. {most}, fewer than the teacher's")
     device = pick_device(args.device)
     model = checkpoint.load_model(args.model)
-    if model.distilled:
-        raise ValueError(f"{args.model} was distilled for its own plans: no others can be fitted to it")
+    if model.distilled_steps is not None:
+        raise ValueError(
+            f"{args.model} is distilled for ddim with {model.distilled_steps} steps: no plan fits it better"
+        )
     network = model.network(device)
     fit_seeds = range(FIRST_SEED, FIRST_SEED + args.images)
     check_seeds = range(fit_seeds.stop, fit_seeds.stop + args.images)

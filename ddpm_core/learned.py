@@ -34,36 +34,28 @@ class StalePlans(ValueError):
     """The plans were fitted to other weights."""
 
 
-def to_json(
-    plans: Mapping[int, SamplingPlan], sha256: str, facts: Mapping[str, Any], *, distilled: bool = False
-) -> dict[str, Any]:
-    """The content of learned.json: plans by their number of steps, whose they are, and how they came about.
-
-    distilled: the network was trained for these plans (trajectories.py), and no other sampler fits it.
-    """
+def to_json(plans: Mapping[int, SamplingPlan], sha256: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of learned.json: plans by their number of steps, whose they are, and how they came about."""
     tables = {str(s): {k: getattr(plan, k).tolist() for k in TABLES} for s, plan in sorted(plans.items())}
-    return {"weights_sha256": sha256, "distilled": distilled, "plans": tables, "fit": dict(facts)}
+    return {"weights_sha256": sha256, "plans": tables, "fit": dict(facts)}
 
 
-def load(path: Path, sha256: str) -> tuple[dict[int, SamplingPlan], bool]:
-    """The plans in a learned.json, by their number of steps, and whether the network is distilled; none without a file.
+def load(path: Path, sha256: str) -> dict[int, SamplingPlan]:
+    """The plans in a learned.json, by their number of steps; none where there is no such file.
 
     Raises:
         StalePlans: they belong to other weights. ValueError: the file cannot be used.
     """
     if not path.is_file():
-        return {}, False
+        return {}
     try:
         content = json.loads(path.read_text("utf-8"))
         if content["weights_sha256"] != sha256:
             raise StalePlans("was fitted to other weights")
         plans = [_plan(steps, tables) for steps, tables in content["plans"].items()]
-        distilled = content.get("distilled", False)
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a field is missing or wrong: {error!r}") from error
-    if not isinstance(distilled, bool) or (distilled and not plans):
-        raise ValueError(f"distilled={distilled!r} must be true, with one plan or more, or false")
-    return {len(plan): plan for plan in plans}, distilled
+    return {len(plan): plan for plan in plans}
 
 
 def _plan(steps: str, tables: Mapping[str, Any]) -> SamplingPlan:

@@ -19,15 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from ddpm_core import checkpoint, learned, pictures, sampling
-from ddpm_core.checkpoint import CheckpointError
+from ddpm_core import checkpoint, pictures, sampling, trajectories
+from ddpm_core.checkpoint import CheckpointError, Model
 from ddpm_core.data import Options
-from ddpm_core.plans import SamplingPlan
 from ddpm_core.recipe import Recipe
 from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.training import StepStats, Trainer
 from ddpm_core.trajectories import Chains
-from ddpm_core.unet import UNetConfig
+from ddpm_core.unet import UNet, UNetConfig
 
 
 def _recipe(d: Mapping[str, Any]) -> Recipe:
@@ -51,12 +50,8 @@ class Run:
     }  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
-        """What is learned from, for the model's records."""
+        """What is learned from and how, for the model's records."""
         raise NotImplementedError
-
-    def plans(self) -> Mapping[int, SamplingPlan]:
-        """The plans that the network is trained for, where it is trained for no others."""
-        return {}
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -90,7 +85,12 @@ class TrainingRun(Run):
             raise ValueError("guidance_scale needs a network without dropout: two of its outputs are compared")
 
     def facts(self) -> dict[str, Any]:
-        return {"data": self.data, "data_options": dataclasses.asdict(self.data_options), "data_facts": self.data_facts}
+        return {
+            "data": self.data,
+            "data_options": dataclasses.asdict(self.data_options),
+            "data_facts": self.data_facts,
+            "recipe": dataclasses.asdict(self.recipe),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +103,8 @@ class DistillationRun(Run):
     READ: ClassVar[dict[str, Callable[[Any], Any]]] = {**Run.READ, "chains": lambda d: Chains(**d)}
 
     def facts(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.chains)
-
-    def plans(self) -> Mapping[int, SamplingPlan]:
-        return {self.chains.nfe: self.chains.plan(self.scheduler.schedule())}
+        recipe = {k: v for k, v in dataclasses.asdict(self.recipe).items() if k in trajectories.OF_RECIPE}
+        return {**dataclasses.asdict(self.chains), "recipe": recipe}
 
 
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -127,10 +125,10 @@ class RunDirectory:
         progress = {"step": trainer.step, "elapsed_s": trainer.elapsed_s}
         tensors = {k: v.detach().contiguous() for k, v in trainer.state_tensors().items()}
         checkpoint.write_atomically(self.state, save(tensors, metadata={"progress": json.dumps(progress)}))
-        sha256 = checkpoint.save_model(self.model, trainer.ema.weights, run.unet, run.scheduler)
+        weights = trainer.ema.weights
+        sha256 = checkpoint.save_model(self.model, weights, run.unet, run.scheduler)
         facts = {
             **run.facts(),
-            "recipe": dataclasses.asdict(run.recipe),
             "steps_done": trainer.step,
             "images_seen": trainer.step * run.recipe.batch_size,
             "training_s": round(trainer.elapsed_s),
@@ -140,11 +138,10 @@ class RunDirectory:
             **({"started_from": run.started_from} if run.started_from else {}),
         }
         checkpoint.write_atomically(self.model / checkpoint.RECORD_NAME, checkpoint.to_json(facts))
-        if plans := run.plans():
-            content = learned.to_json(plans, sha256, {}, distilled=True)
-            checkpoint.write_atomically(self.model / learned.PLANS_NAME, checkpoint.to_json(content))
-        drawn = dataclasses.replace(checkpoint.load_model(self.model), graph=None)  # its graph is made once, at the end
-        pictures.save_samples(self.path / "samples.png", *sampling.one_row_a_class(drawn, trainer.device))
+        net = UNet(run.unet)
+        net.load_state_dict(weights)
+        model = Model("model", sha256, net, run.scheduler, run.scheduler.schedule())
+        pictures.save_samples(self.path / "samples.png", *sampling.one_row_a_class(model, trainer.device))
         if len(log) > 1:
             pictures.save_loss_curve(self.path / "loss.png", [s.step for s in log], [s.loss for s in log])
 
@@ -159,7 +156,8 @@ class RunDirectory:
         try:
             return kind.from_dict(checkpoint.read_json(self.config))
         except ValueError as error:
-            raise CheckpointError(f"{self.config}: {error}") from error
+            message = f"{self.config}: {error} (`train` and `distill` each resume what they began)"
+            raise CheckpointError(message) from error
 
     def load(self, trainer: Trainer) -> list[StepStats]:
         """Puts the saved state into trainer and returns the log up to it. Raises CheckpointError on damaged files."""

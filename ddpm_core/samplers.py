@@ -46,7 +46,7 @@ def resolve(
     most: int,
     learned: Collection[int] = (),
     *,
-    distilled: bool = False,
+    distilled_steps: int | None = None,
     from_noise: bool = True,
 ) -> tuple[str, int]:
     """The sampler behind a sampler's or preset's name, and its steps: those asked for, else its own.
@@ -56,16 +56,16 @@ def resolve(
         steps: 1 .. most; None: the sampler's own, as far as there are so many.
         most: how many steps the chain has: T, or t + 1 where it starts at t.
         learned: the numbers of steps that the model has learned plans for.
-        distilled: whether its network is trained for them alone; then every preset is LEARNED.
+        distilled_steps: of ddim, for which alone the model's network is trained; then every preset is that.
         from_noise: whether the chain starts at pure noise, as learned plans do; else at an image noised to some t.
 
     Raises:
-        ValueError: no such sampler, or steps is out of range.
+        ValueError: no such sampler, or steps is out of range, or not what the network is trained for.
     """
+    if distilled_steps is not None:
+        return _distilled(sampler, steps, distilled_steps, from_noise)
     own_steps = None
-    if distilled and sampler in PRESETS:
-        sampler = LEARNED
-    elif sampler in PRESETS:
+    if sampler in PRESETS:
         sampler, own_steps = next(
             (name, count)
             for name, count in PRESETS[sampler]
@@ -78,8 +78,7 @@ def resolve(
         raise ValueError(f"sampler={sampler!r} is not known; known: {known}")
     if sampler == LEARNED:
         if not from_noise:
-            another = "this model has no other" if distilled else "take another to start at an image's t"
-            raise ValueError(f"sampler={LEARNED!r} starts from pure noise alone: {another}")
+            raise ValueError(f"sampler={LEARNED!r} starts from pure noise alone: take another to start at an image's t")
         if steps is None:
             steps = own_steps or max(learned)
         if steps not in learned:
@@ -90,6 +89,17 @@ def resolve(
     if not 1 <= steps <= most:
         raise ValueError(f"steps={steps} must be 1 .. {most}")
     return sampler, steps
+
+
+def _distilled(sampler: str, steps: int | None, own: int, from_noise: bool) -> tuple[str, int]:
+    """resolve() for a network that is trained for ddim with its own number of steps."""
+    if not from_noise:
+        raise ValueError(f"sampler={sampler!r} cannot start at an image's t: this model is distilled, from pure noise")
+    if sampler != "ddim" and sampler not in PRESETS:
+        raise ValueError(f"sampler={sampler!r} does not fit: this model is distilled for ddim with {own} steps")
+    if steps not in (None, own):
+        raise ValueError(f"steps={steps} must be {own}: this model is distilled for them")
+    return "ddim", own
 
 
 def build(
@@ -103,7 +113,7 @@ def build(
     spacing: Spacing = "trailing",
     offset: int = 0,
     learned: Mapping[int, SamplingPlan] = MappingProxyType({}),
-    distilled: bool = False,
+    distilled_steps: int | None = None,
 ) -> SamplingPlan:
     """A plan by the name of its sampler or preset.
 
@@ -117,7 +127,7 @@ def build(
         variance: ddpm only.
         spacing, offset: of the timesteps; all T of them need neither.
         learned: plans fitted to the network, by their number of steps; they start from pure noise.
-        distilled: whether the network is trained for them alone.
+        distilled_steps: of ddim, for which alone the network is trained.
 
     Raises:
         ValueError: no such sampler, or a number outside its range.
@@ -127,7 +137,7 @@ def build(
         if not 0 <= start < total:
             raise ValueError(f"start={start} must be 0 .. {total - 1}")
         total = start + 1
-    sampler, count = resolve(sampler, steps, total, learned, distilled=distilled, from_noise=start is None)
+    sampler, count = resolve(sampler, steps, total, learned, distilled_steps=distilled_steps, from_noise=start is None)
     if eta and sampler != "ddim":
         raise ValueError(f"eta={eta} is for sampler ddim alone; {sampler} has none")
     if sampler == LEARNED:

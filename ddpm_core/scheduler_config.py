@@ -18,6 +18,7 @@ UNUSED_BY_US = {  # fields of diffusers' schedulers that change nothing for the 
     "sample_max_value",  # only with thresholding
     "skip_prk_steps",  # written by old pipelines of other schedulers
 }
+DISTILLED = "_distilled_steps"  # as diffusers leaves it alone
 CLASSES = ("DDPMScheduler", "DDIMScheduler")  # of scheduler configs: others mean something else by the same fields
 ONLY = {  # fields that we can honour at one value alone
     "thresholding": False,
@@ -45,6 +46,7 @@ class SchedulerConfig:
     prediction_type: Prediction = "epsilon"
     timestep_spacing: Spacing = "leading"  # leading, trailing or linspace
     steps_offset: int = 0  # added to leading timesteps
+    distilled_steps: int | None = None  # the network is trained to draw by DDIM with so many, and for nothing else
 
     def __post_init__(self) -> None:
         for field, allowed in {
@@ -66,6 +68,9 @@ class SchedulerConfig:
             if type(value) not in kinds or not low <= value <= high:
                 names = " or ".join(kind.__name__ for kind in kinds)
                 raise ValueError(f"{field}={value!r} must be {names}, {low} .. {high}")
+        steps, total = self.distilled_steps, self.num_train_timesteps
+        if steps is not None and (type(steps) is not int or not 1 <= steps <= total):
+            raise ValueError(f"distilled_steps={steps!r} must be int, 1 .. {total}")
         if self.trained_betas is not None:
             if len(self.trained_betas) != self.num_train_timesteps:
                 raise ValueError(
@@ -77,13 +82,15 @@ class SchedulerConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> SchedulerConfig:
-        """Reads a scheduler_config.json; keys that start with an underscore are notes of its writer."""
+        """Reads a scheduler_config.json; but for DISTILLED, keys with an underscore are notes of its writer."""
         known = {f.name for f in dataclasses.fields(cls)}
         if (name := config.get("_class_name", CLASSES[0])) not in CLASSES:
             raise ValueError(f"_class_name={name!r} is not supported; supported: {', '.join(CLASSES)}")
         fields: dict[str, Any] = {}
         for key, value in config.items():
-            if key in known:
+            if key == DISTILLED:
+                fields["distilled_steps"] = value
+            elif key in known:
                 fields[key] = tuple(value) if isinstance(value, list) else value
             elif key in ONLY:
                 if value != ONLY[key]:
@@ -94,7 +101,9 @@ class SchedulerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a scheduler_config.json that diffusers reads."""
-        return {"_class_name": "DDPMScheduler", **dataclasses.asdict(self)}
+        content = {"_class_name": "DDPMScheduler", **dataclasses.asdict(self)}
+        steps = content.pop("distilled_steps")
+        return content if steps is None else {**content, DISTILLED: steps}
 
     def schedule(self) -> NoiseSchedule:
         """The noise schedule that these fields name."""

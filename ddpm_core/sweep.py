@@ -184,6 +184,8 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.seed <= most:
         raise ValueError(f"--seed {args.seed} must be 0 .. {most}")
     model = checkpoint.load_model(args.model)
+    if model.distilled_steps is not None:
+        raise ValueError(f"{args.model} draws in one way alone: measure it with `python -m ddpm_core.evaluate`")
     loaded = classifier.load(args.classifier)
     device = pick_device(args.device)
     net = loaded.net.to(device)

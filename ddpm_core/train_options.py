@@ -111,6 +111,8 @@ def of_model(args: argparse.Namespace, images: data.ImageSet) -> tuple[UNetConfi
     if refused:
         raise ValueError(f"{', '.join(refused)} cannot be given with --init: the model that it names has its own")
     model = checkpoint.load_model(args.init)
+    if model.distilled_steps is not None:
+        raise ValueError(f"{args.init} is distilled, and knows few timesteps: start from its teacher")
     wanted, found = model.config.image_shape, tuple(images.images.shape[1:])
     if wanted != found or (model.null_label is not None and model.config.num_classes != images.num_classes):
         raise ValueError(

@@ -134,6 +134,8 @@ def carry_out(
     except KeyboardInterrupt:
         if directory.state.exists():
             print(f"stopped; what came after the last checkpoint is lost. {again}", file=sys.stderr)
+        else:
+            print("stopped before the first checkpoint: the same command begins anew", file=sys.stderr)
         return 130
     where = f"{directory.path}/samples.png, {directory.model}"
     print(f"{'done' if finished else 'saved'} at step {trainer.step:,}: {where}")

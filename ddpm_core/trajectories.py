@@ -9,7 +9,7 @@ ended. So it learns from what it will see when it draws, and a later call mends 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
 from pathlib import Path
 
 import torch
@@ -26,7 +26,11 @@ from ddpm_core.schedules import NoiseSchedule
 from ddpm_core.training import Predict
 
 FIRST_SEED = 2**41  # far from those that people and evaluations use
-FILE_CHAINS = 1024  # chains of a file: what a crash can cost
+FILE_CHAINS = 256  # drawn at once, into one file: what a crash can cost
+OF_RECIPE = (  # the fields of Recipe that count here
+    "steps", "time_budget_s", "batch_size", "optimizer", "lr", "warmup_steps", "decay", "adam_betas", "weight_decay",
+    "clip_grad", "ema_decay", "seed",
+)  # fmt: skip
 SOFTEN = 0.03  # differences far below it count by their square, far above by themselves
 
 
@@ -50,18 +54,22 @@ class Chains:
                 f"teacher_nfe={self.teacher_nfe} must be a multiple of nfe={self.nfe}: they meet at its steps"
             )
 
-    def plan(self, schedule: NoiseSchedule) -> SamplingPlan:
-        """The student's."""
-        return samplers.build(schedule, "ddim", self.nfe, spacing="trailing")
+    def plans(self, schedule: NoiseSchedule) -> tuple[SamplingPlan, SamplingPlan]:
+        """The student's and the teacher's.
 
-    def teacher_plan(self, schedule: NoiseSchedule) -> SamplingPlan:
-        return samplers.build(schedule, "dpmpp_2m", self.teacher_nfe, spacing="trailing")
+        Raises:
+            ValueError: the schedule does not allow so many steps, or rounding keeps the two apart.
+        """
+        student = samplers.build(schedule, "ddim", self.nfe, spacing="trailing")
+        teacher = samplers.build(schedule, "dpmpp_2m", self.teacher_nfe, spacing="trailing")
+        if list(student.timesteps) != list(teacher.timesteps[:: self.every]):
+            raise ValueError(f"teacher_nfe={self.teacher_nfe} has not all timesteps of nfe={self.nfe}: take another")
+        return student, teacher
 
     @property
-    def stops(self) -> range:
-        """The teacher's steps after which it is where the student is after one of its own."""
-        every = self.teacher_nfe // self.nfe
-        return range(every - 1, self.teacher_nfe, every)
+    def every(self) -> int:
+        """The teacher's steps to one of the student's."""
+        return self.teacher_nfe // self.nfe
 
 
 def labels_of(model: Model, chains: range) -> Tensor | None:
@@ -76,31 +84,31 @@ def draw(
     which: Chains,
     folder: Path,
     on_batch: sampling.OnBatch,
-    batch_size: int = 256,
 ) -> Tensor:
     """The teacher's chains: x_T and where the student is to be after each of its calls, (N, nfe + 1, C, H, W).
 
     They are kept in `folder`, a file for every FILE_CHAINS of them; what lies there of the same chains is not drawn
     again. on_batch is told how many more there are, drawn or found.
+
+    Raises:
+        ValueError: the two plans do not meet. FloatingPointError: the teacher returned NaN or infinity.
     """
-    plan = which.teacher_plan(model.schedule)
+    _, plan = which.plans(model.schedule)
+    of = {
+        "weights": model.sha256, "scheduler": json.dumps(model.scheduler.to_dict()), "network": type(network).__name__,
+        "plan": plan.sha256, "every": str(which.every),
+    }  # fmt: skip
     found = []
     for first in range(0, which.chains, FILE_CHAINS):
         chains = range(first, min(first + FILE_CHAINS, which.chains))
         path = folder / f"{first:08}.safetensors"
-        content = {"weights": model.sha256, "plan": plan.sha256, "stops": str(which.stops), "chains": str(chains)}
+        content = {**of, "chains": str(chains)}
         part = _read(path, content)
         if part is None:
-            batches = []
-            for start in range(chains.start, chains.stop, batch_size):
-                batch = range(start, min(start + batch_size, chains.stop))
-                batches.append(_draw_batch(model, network, device, plan, which.stops, batch))
-                on_batch(len(batch))
-            part = torch.cat(batches)
+            part = _draw(model, network, device, plan, which.every, chains)
             checkpoint.write_atomically(path, save({"x": part}, metadata=content))
-        else:
-            on_batch(len(chains))
         found.append(part)
+        on_batch(len(chains))
     return torch.cat(found)
 
 
@@ -113,16 +121,16 @@ def _read(path: Path, content: dict[str, str]) -> Tensor | None:
         return None
 
 
-def _draw_batch(
-    model: Model, network: Network, device: torch.device, plan: SamplingPlan, stops: Sequence[int], batch: range
+def _draw(
+    model: Model, network: Network, device: torch.device, plan: SamplingPlan, every: int, chains: range
 ) -> Tensor:
-    seeds = range(FIRST_SEED + batch.start, FIRST_SEED + batch.stop)
-    labels = labels_of(model, batch)
+    seeds = range(FIRST_SEED + chains.start, FIRST_SEED + chains.stop)
+    labels = labels_of(model, chains)
     x = sampling.draw_noise(seeds, 0, torch.empty(0, *model.config.image_shape, device=device))
     steps = sampling.sample(
         model.denoiser(network), plan, x, seeds, labels=None if labels is None else labels.to(device)
     )
-    drawn = torch.stack([x, *(step.x for step in steps if step.index in stops)], dim=1).cpu()
+    drawn = torch.stack([x, *(step.x for step in steps if (step.index + 1) % every == 0)], dim=1).cpu()
     if not bool(torch.isfinite(drawn).all()):
         raise FloatingPointError(f"{model.name} returned numbers that are not finite")
     return drawn.clone()  # no tensor of inference mode: gradients will pass

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from app.settings import Settings
-from ddpm_core import average, card, evaluate, fit_plans, sweep, train_options
+from ddpm_core import average, card, distill, evaluate, fit_plans, sweep, train_options
 from ddpm_core.checkpoint import WEIGHTS_NAME, sha256_of
 from tests.service.test_server import server, wait_until_ready
 
@@ -77,6 +77,6 @@ def test_every_command_line_parses(line: str) -> None:
     module, *arguments = shlex.split(line)
     modules = {
         "ddpm_core.train": train_options, "ddpm_core.average": average, "ddpm_core.fit_plans": fit_plans,
-        "ddpm_core.evaluate": evaluate, "ddpm_core.sweep": sweep,
+        "ddpm_core.evaluate": evaluate, "ddpm_core.sweep": sweep, "ddpm_core.distill": distill,
     }  # fmt: skip
     modules[module].build_parser().parse_args(arguments)

@@ -119,7 +119,7 @@ class ModelInfo:
     alphas_cumprod: NDArray[np.float64]  # (T,)
     runtime: str  # what runs the network: torch or onnxruntime
     learned: Mapping[int, str] = dataclasses.field(default_factory=dict)  # sha256 of each learned plan, by its steps
-    distilled: bool = False  # the network is trained for these plans: no other sampler fits
+    distilled_steps: int | None = None  # of ddim, for which alone the network is trained
 
     @property
     def id(self) -> str:

@@ -43,14 +43,11 @@ def to_params(
     try:
         most = info.num_train_steps if start is None else start.t + 1
         sampler, steps = samplers.resolve(
-            body.sampler, body.steps, most, info.learned, distilled=info.distilled, from_noise=start is None
-        )
+            body.sampler, body.steps, most, info.learned,
+            distilled_steps=info.distilled_steps, from_noise=start is None,
+        )  # fmt: skip
     except ValueError as error:
         raise _of_plan(error) from None
-    if info.distilled and sampler != samplers.LEARNED:
-        raise errors.Invalid.field(
-            "sampler", f"{sampler} does not fit {info.name}, whose network was distilled for {samplers.LEARNED} alone"
-        )
     seed = random_seed(body.n) if body.seed is None else body.seed
     return GenerateParams(
         request_id, tuple(range(seed, seed + body.n)), labels, sampler, steps, body.eta + 0.0, body.guidance_scale,

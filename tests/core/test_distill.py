@@ -17,16 +17,30 @@ import torch
 from torch import Tensor
 
 import ddpm_core
-from ddpm_core import checkpoint, data, diffusion, distill, fit_plans, sampling, schedules, train, trajectories
+from ddpm_core import (
+    average,
+    checkpoint,
+    data,
+    diffusion,
+    distill,
+    fit_plans,
+    sampling,
+    schedules,
+    sweep,
+    train,
+    trajectories,
+)
 from ddpm_core.checkpoint import WEIGHTS_NAME, Model, load_model
 from ddpm_core.diffusion import Prediction
+from ddpm_core.plans import SamplingPlan
 from ddpm_core.recipe import Recipe
+from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.trajectories import Chains, TrajectoryLoss
 from tests.networks import eight
 
 CPU = torch.device("cpu")
 SCHEDULE = schedules.cosine(100)
-COMMON = ["--chains", "256", "--teacher-nfe", "6", "--device", "cpu", "--no-compile", "--no-bf16"]
+COMMON = ["--chains", "640", "--teacher-nfe", "6", "--device", "cpu", "--no-compile", "--no-bf16"]
 WEIGHTS = Path("model/unet") / WEIGHTS_NAME
 
 
@@ -43,12 +57,10 @@ def draw(model: Model, which: Chains, folder: Path, on_batch: Callable[[int], ob
 
 @pytest.mark.parametrize(("nfe", "teacher_nfe"), [(1, 4), (2, 10), (3, 9), (4, 12), (5, 35)])
 def test_student_and_teacher_meet_at_the_student_s_timesteps(nfe: int, teacher_nfe: int) -> None:
-    which = Chains(1, nfe, teacher_nfe)
-    student, teacher = which.plan(SCHEDULE), which.teacher_plan(SCHEDULE)
-    after = [stop + 1 for stop in which.stops]
-    assert after[-1] == len(teacher)
-    assert list(student.timesteps[1:]) == list(teacher.timesteps[after[:-1]])
-    assert student.timesteps[0] == teacher.timesteps[0] == 99
+    student, teacher = Chains(1, nfe, teacher_nfe).plans(schedules.cosine(1000))
+    assert (len(student), len(teacher)) == (nfe, teacher_nfe)
+    assert set(student.timesteps) <= set(teacher.timesteps)
+    assert student.timesteps[0] == teacher.timesteps[0] == 999
 
 
 @pytest.mark.parametrize(
@@ -57,6 +69,11 @@ def test_student_and_teacher_meet_at_the_student_s_timesteps(nfe: int, teacher_n
 def test_other_chains_cannot_be(numbers: tuple[int, int, int], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Chains(*numbers)
+
+
+def test_a_student_that_rounding_keeps_from_its_teacher_s_timesteps_is_refused() -> None:
+    with pytest.raises(ValueError, match="has not all timesteps of nfe=16"):
+        Chains(1, 16, 48).plans(schedules.cosine(1000))
 
 
 @pytest.mark.parametrize("num_class_embeds", [11, None])
@@ -86,13 +103,13 @@ def test_chains_are_drawn_once_a_file_and_anew_where_a_file_is_damaged_or_of_oth
 ) -> None:
     monkeypatch.setattr(trajectories, "FILE_CHAINS", 8)
     model, which, drawn = eight(), Chains(20, 2, 4), list[int]()
-    original = trajectories._draw_batch
+    original = trajectories._draw
 
     def counting(*args: object) -> Tensor:
         drawn.append(len(args[-1]))  # type: ignore[arg-type]
         return original(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trajectories, "_draw_batch", counting)
+    monkeypatch.setattr(trajectories, "_draw", counting)
     told: list[int] = []
     first = draw(model, which, tmp_path, told.append)
     files = sorted(tmp_path.iterdir())
@@ -113,59 +130,50 @@ def test_chains_are_drawn_once_a_file_and_anew_where_a_file_is_damaged_or_of_oth
 
 
 class Point:
-    """A network that knows the one image that there is, but for an error in x_0 of its own at each timestep."""
+    """A network that knows the one image that there is, 0.25 everywhere, but for an error in x_0 at each timestep."""
 
-    def __init__(self, prediction: Prediction, errors: dict[float, Tensor]) -> None:
+    def __init__(self, prediction: Prediction, errors: dict[float, float]) -> None:
         self.prediction, self.errors = prediction, errors
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        abar = float(SCHEDULE.alpha_bar_at(t[:1].numpy())[0])
-        x_0 = torch.full_like(x, 0.25)
-        eps = diffusion.to_eps(x_0, x, abar)
-        error = self.errors[float(t[0])]
-        wrong = {
-            "epsilon": -error * (abar / (1 - abar)) ** 0.5,
-            "sample": error,
-            "v_prediction": -error / (1 - abar) ** 0.5,
-        }
-        return diffusion.target(self.prediction, x_0, eps, abar) + wrong[self.prediction]
+        abar = SCHEDULE.alpha_bar_at(t.numpy().astype(float))
+        x_0 = torch.full_like(x, 0.25 + self.errors[float(t[0])])
+        alpha_bar = torch.from_numpy(abar)
+        return diffusion.target(self.prediction, x_0, diffusion.to_eps(x_0, x, alpha_bar), alpha_bar)
 
 
-def loss_of(prediction: Prediction, errors: tuple[float, ...]) -> tuple[Tensor, list[Tensor]]:
+def loss_of(prediction: Prediction, errors: tuple[float, ...]) -> tuple[float, SamplingPlan]:
     """Of a network with these errors, one a call, held to chains that go straight to the image."""
-    which = Chains(16, len(errors), 2 * len(errors))
-    plan = which.plan(SCHEDULE)
+    plan, _ = Chains(16, len(errors), 2 * len(errors)).plans(SCHEDULE)
     eps = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    abars = [*plan.alpha_bars, 1.0]
-    chains = torch.stack([diffusion.q_sample(torch.full_like(eps, 0.25), eps, abar) for abar in abars], 1)
-    recipe = Recipe(steps=1, batch_size=8)
-    parameters = [torch.tensor(error, requires_grad=True) for error in errors]
-    net = Point(prediction, dict(zip(map(float, plan.timesteps), parameters, strict=True)))
-    loss = TrajectoryLoss(chains, None, plan, prediction, recipe, device=CPU)(net, 0)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach(), [parameter.grad for parameter in parameters if parameter.grad is not None]
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-def test_who_follows_the_teacher_has_no_loss_but_the_softening(prediction: Prediction) -> None:
-    loss, _ = loss_of(prediction, (0.0, 0.0, 0.0))
-    assert float(loss) == pytest.approx(3 * trajectories.SOFTEN, rel=1e-3)
+    chains = torch.stack(
+        [diffusion.q_sample(torch.full_like(eps, 0.25), eps, abar) for abar in (*plan.alpha_bars, 1.0)], 1
+    )
+    net = Point(prediction, dict(zip(map(float, plan.timesteps), errors, strict=True)))
+    loss = TrajectoryLoss(chains, None, plan, prediction, Recipe(steps=1, batch_size=8), device=CPU)
+    return float(loss(net, 0)), plan
 
 
 @pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
-def test_an_error_counts_in_units_of_x_0_and_what_it_moves_counts_in_the_calls_after_it(prediction: Prediction) -> None:
-    """The calls say x_0 + d_1 and x_0 + d_2. After the second, x is off by d_2 alone: it says x_0 whatever x is."""
-    loss, _ = loss_of("sample", (0.1, 0.2))
-    wanted = sum((d**2 + trajectories.SOFTEN**2) ** 0.5 for d in (0.1, 0.2))
-    assert float(loss) == pytest.approx(wanted, rel=1e-3)
-    alone, _ = loss_of(prediction, (0.1, 0.0))
-    assert float(alone) == pytest.approx((0.1**2 + trajectories.SOFTEN**2) ** 0.5 + trajectories.SOFTEN, rel=1e-3)
+def test_who_follows_the_teacher_has_no_loss_but_the_softening(prediction: Prediction) -> None:
+    assert loss_of(prediction, (0.0, 0.0, 0.0))[0] == pytest.approx(3 * trajectories.SOFTEN, rel=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+def test_errors_count_in_units_of_x_0_and_again_where_they_have_moved_x(prediction: Prediction) -> None:
+    """Three calls that say x_0 + d: after them x is off by b_1 d_1, then a_2 b_1 d_1 + b_2 d_2, and in the end d_3."""
+    d = (0.1, 0.2, 0.4)
+    loss, plan = loss_of(prediction, d)
+    a, b = plan.a[:, 0], plan.b[:, 0]
+    counted = (d[0], a[1] * b[0] / b[1] * d[0] + d[1], d[2])
+    assert loss == pytest.approx(sum((c**2 + trajectories.SOFTEN**2) ** 0.5 for c in counted), rel=1e-3)
+    assert counted[1] > 1.05 * d[1]
 
 
 def test_later_calls_teach_earlier_ones() -> None:
     """Of a network whose second answer is its input, the second difference has a gradient to the first call too."""
     which = Chains(4, 2, 4)
-    plan = which.plan(SCHEDULE)
+    plan, _ = which.plans(SCHEDULE)
     first = torch.tensor(0.0, requires_grad=True)
 
     def network(x: Tensor, t: Tensor) -> Tensor:
@@ -179,7 +187,7 @@ def test_later_calls_teach_earlier_ones() -> None:
     assert float(first.grad) == pytest.approx(-float(plan.b[0, 0]) / (1 + trajectories.SOFTEN**2) ** 0.5, rel=1e-4)
 
 
-def test_a_plan_with_history_or_noise_is_no_student_s(tmp_path: Path) -> None:
+def test_a_plan_with_history_or_noise_is_no_student_s() -> None:
     model = eight()
     for plan in (model.plan("dpmpp_2m", 2), model.plan("ddpm", 2)):
         with pytest.raises(ValueError, match="last x alone"):
@@ -224,24 +232,23 @@ def test_a_student_comes_nearer_to_its_teacher_than_the_teacher_with_as_few_call
     assert difference(sampling.generate(student, CPU, seeds, labels)) < 0.7 * plain
 
 
-def test_a_student_draws_by_its_own_plan_whatever_the_preset_and_is_ddim_of_so_many_steps(finished: Path) -> None:
+def test_a_student_draws_in_one_way_whatever_the_preset(finished: Path) -> None:
     student = load_model(finished / "model")
-    assert student.distilled
-    for preset in ("fast", "balanced", "reference"):
-        assert student.plan(preset) is student.learned[2]
-    ddim = student.plan("ddim", 2)
-    assert all(
-        torch.equal(torch.from_numpy(getattr(ddim, table)), torch.from_numpy(getattr(student.learned[2], table)))
-        for table in ("timesteps", "alpha_bars", "a", "b", "d")
-    )
-    with pytest.raises(ValueError, match="steps=10 must be one of 2"):
-        student.plan("balanced", 10)
+    assert student.distilled_steps == 2
+    for preset in ("fast", "balanced", "reference", "ddim"):
+        assert student.plan(preset).sha256 == student.plan("ddim", 2).sha256
+    for sampler, steps, reason in (("balanced", 10, "steps=10 must be 2"), ("unipc", None, "'unipc' does not fit")):
+        with pytest.raises(ValueError, match=reason):
+            student.plan(sampler, steps)
+    with pytest.raises(ValueError, match="cannot start at an image"):
+        student.plan("balanced", start=5)
 
 
 def test_its_record_says_what_it_came_from(teacher: Path, finished: Path) -> None:
     record = json.loads((finished / "model" / "training.json").read_text())
-    assert (record["chains"], record["nfe"], record["teacher_nfe"], record["steps_done"]) == (256, 2, 6, 100)
+    assert (record["chains"], record["nfe"], record["teacher_nfe"], record["steps_done"]) == (640, 2, 6, 100)
     assert record["started_from"]["sha256"] == load_model(teacher).sha256
+    assert set(record["recipe"]) == set(trajectories.OF_RECIPE)  # what has no meaning here is not claimed
     assert (finished / "samples.png").exists()
 
 
@@ -280,7 +287,7 @@ def test_a_run_that_was_killed_ends_in_the_same_bytes(teacher: Path, finished: P
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    wanted = out / "chains" if when == "drawing" else out / "samples.png"
+    wanted = out / "chains" / "00000000.safetensors" if when == "drawing" else out / "samples.png"
     try:
         while not wanted.exists() and process.poll() is None:
             time.sleep(0.005)
@@ -321,13 +328,39 @@ def test_a_run_goes_on_with_its_own_teacher_alone(
     assert distill.main(["--out", str(finished), "--resume", "--model", str(other), "--device", "cpu"]) == 2
     assert "not the teacher that this run began with" in capsys.readouterr().err
     assert train.main(["--out", str(finished), "--resume", "--device", "cpu"]) == 2
-    assert "run.json" in capsys.readouterr().err
+    assert "`train` and `distill` each resume what they began" in capsys.readouterr().err
 
 
-def test_a_student_is_no_teacher_and_is_fitted_no_plans(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_student_is_no_teacher_is_fitted_no_plans_and_starts_no_training(
+    teacher: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    student, out = str(finished / "model"), str(tmp_path / "run")
     assert distill.main(arguments(finished / "model", tmp_path / "run")) == 2
     assert "a student itself" in capsys.readouterr().err
-    assert fit_plans.main(["--model", str(finished / "model"), "--device", "cpu"]) == 2
-    assert "distilled" in capsys.readouterr().err
+    assert fit_plans.main(["--model", student, "--device", "cpu"]) == 2
+    assert "no plan fits it better" in capsys.readouterr().err
+    assert train.main(["--init", student, "--data", "digits", "--device", "cpu", "--out", out]) == 2
+    assert "start from its teacher" in capsys.readouterr().err
+    assert sweep.main(["--model", student, "--classifier", out, "--data", "digits", "--device", "cpu"]) == 2
+    assert "draws in one way alone" in capsys.readouterr().err
+    assert average.main([student, str(teacher), "--share", "0.5", "--out", out]) == 2
+    assert "not of one" in capsys.readouterr().err
+    assert average.main([student, student, "--share", "0.5", "--out", out]) == 0
+    assert load_model(tmp_path / "run").distilled_steps == 2
+
+
+def test_a_teacher_that_predicts_eps_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = eight(scheduler=SchedulerConfig())
+    checkpoint.save_model(tmp_path / "eps", model.net.state_dict(), model.config, model.scheduler)
+    assert distill.main(arguments(tmp_path / "eps", tmp_path / "run")) == 2
+    assert "take a model that predicts v" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", [0, 1001, -2, "2", True, 2.0])
+def test_a_number_of_steps_that_cannot_be_is_refused(tmp_path: Path, steps: object) -> None:
+    model = eight()
+    checkpoint.save_model(tmp_path, model.net.state_dict(), model.config, model.scheduler)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_distilled_steps": steps}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"distilled_steps=.* must be int, 1 \.\. 1000"):
+        load_model(tmp_path)

@@ -110,7 +110,7 @@ def run_cli(capsys: pytest.CaptureFixture[str], *options: str, name: str = "tiny
     return found
 
 
-def test_a_distilled_model_is_measured_by_its_own_plan_and_has_no_likelihood(
+def test_a_distilled_model_is_measured_in_its_own_way_and_has_no_likelihood(
     inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = inside / "weights" / "student"
@@ -119,7 +119,7 @@ def test_a_distilled_model_is_measured_by_its_own_plan_and_has_no_likelihood(
     found = run_cli(capsys, "--card", "--sampler", "balanced", name="student")
     assert found["sampling"] == {
         "sampler": "balanced",
-        "method": "learned",
+        "method": "ddim",
         "steps": 2,
         "nfe": 2,
         "guidance_scale": 1.0,
@@ -127,9 +127,11 @@ def test_a_distilled_model_is_measured_by_its_own_plan_and_has_no_likelihood(
     }
     assert not any("bits_per_dimension" in found[part] for part in ("metrics", "floor"))
     text = (directory / "README.md").read_text()
-    assert "distilled: trained to draw with 2 network calls" in text
+    assert "distilled: trained to draw by DDIM with 2 steps" in text
     assert "scheduler.set_timesteps(2)" in text
     assert "its per dimension" not in text
+    assert evaluate.main(["--model", "weights/student", "--data", "digits", "--samples", "100", "--steps", "10"]) == 2
+    assert "steps=10 must be 2" in capsys.readouterr().err
 
 
 def test_command_line_end_to_end(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:

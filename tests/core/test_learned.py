@@ -92,12 +92,10 @@ def test_what_is_written_is_read_to_the_last_bit(tmp_path: Path) -> None:
     plan = form.plan(np.linspace(-0.1, 0.1, form.size))
     path = tmp_path / learned.PLANS_NAME
     path.write_bytes(checkpoint.to_json(learned.to_json({3: plan}, "abc", {"images": 1})))
-    plans, distilled = learned.load(path, "abc")
-    (found,) = plans.values()
-    assert not distilled
+    (found,) = learned.load(path, "abc").values()
     assert found.sha256 == plan.sha256
     assert found.sampler == "learned"
-    assert learned.load(tmp_path / "nothing.json", "abc") == ({}, False)
+    assert learned.load(tmp_path / "nothing.json", "abc") == {}
     with pytest.raises(learned.StalePlans, match="other weights"):
         learned.load(path, "abd")
 
@@ -124,8 +122,6 @@ def _rows(content: dict[str, Any]) -> Any:
         lambda c: _rows(c)["timesteps"].__setitem__(2, -1.0),
         lambda c: _rows(c)["alpha_bars"].__setitem__(1, 1.5),
         lambda c: c["plans"].update({"4": c["plans"].pop("3")}),
-        lambda c: c.update(distilled="yes"),
-        lambda c: c.update(distilled=True, plans={}),
         lambda c: c["plans"].update({"x": c["plans"].pop("3")}),
     ],
 )
