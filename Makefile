@@ -22,10 +22,11 @@ check: .venv/test
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow
 
-# The model card of the shipped weights: DATA_ROOT is the folder that holds MNIST/raw.
+# The model cards of the shipped weights: DATA_ROOT is the folder that holds MNIST/raw.
 DATA_ROOT ?= data
 card: .venv/service
 	$(BIN)/python -m ddpm_core.evaluate --data-root $(DATA_ROOT) --card
+	$(BIN)/python -m ddpm_core.evaluate --data-root $(DATA_ROOT) --card --model weights/mnist-2
 
 lock: $(BIN)/uv
 	$(UV) compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \

@@ -174,12 +174,10 @@ def readme(card: Mapping[str, Any], sweep: Mapping[str, Any] | None = None) -> s
     note = f'  # {classes} means "no label"' if classes else ""
     distilled_steps = model.get("distilled_steps")
     steps = distilled_steps or 50
-    student = (
-        f" It is distilled: trained to draw by DDIM with {steps} steps what its teacher draws with more. No other "
-        "sampler fits it, it denoises from no other timesteps, and it has no likelihood."
-        if distilled_steps
-        else ""
-    )
+    student = f"""
+It is distilled: trained to draw by DDIM with {steps} steps what its teacher draws with more. No other sampler fits
+it, it denoises from no other timesteps, and it has no likelihood.
+"""
     kind = f'class-conditional, {classes} classes and "no label"' if classes else "unconditional"
     training = "\n".join(f"{number}. {line}" for number, line in enumerate(history(card["training"]), 1))
     if training:
@@ -202,8 +200,8 @@ tags:
 A denoising diffusion probabilistic model (Ho et al. 2020) of the data set `{data_name}`: a U-Net of
 {model["parameters"]:,} parameters for images of {channels} x {height} x {width}, {kind}, prediction type
 `{model["prediction_type"]}`, noise schedule `{model["beta_schedule"]}`. Weights: safetensors, sha256
-`{model["sha256"]}`.{student}
-
+`{model["sha256"]}`.
+{student if distilled_steps else ""}
 ![images that it draws](samples.png)
 
 ## Use

@@ -67,6 +67,12 @@ def test_the_results_and_the_digest_are_the_cards() -> None:
     )
 
 
+def test_the_student_s_figures_are_its_card_s() -> None:
+    metrics = json.loads((ROOT / "weights" / "mnist-2" / "card.json").read_text())["metrics"]
+    fid, accuracy = (metrics[name]["value"] for name in ("fid", "label_accuracy"))
+    assert f"needs 2 calls (FID {fid:.3f}, label accuracy {accuracy:.4f})" in " ".join(README.split())
+
+
 def test_every_setting_is_in_the_table_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `(DDPM_\w+)` \| `([^`]*)` \|", README, re.MULTILINE))
     assert rows == {f"DDPM_{name.upper()}": str(field.default) for name, field in Settings.model_fields.items()}

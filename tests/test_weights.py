@@ -23,12 +23,14 @@ from tests.service.conftest import Service, pixels
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "weights" / "mnist"
+STUDENT = ROOT / "weights" / "mnist-2"
+of_each = pytest.mark.parametrize("directory", [WEIGHTS, STUDENT], ids=lambda path: path.name)
 
 
-@pytest.fixture(scope="module")
-def shipped() -> Iterator[Service]:
-    """The app on the shipped weights."""
-    running = Service(Settings(model=WEIGHTS, device="cpu"))
+@pytest.fixture(scope="module", params=[WEIGHTS, STUDENT], ids=lambda path: path.name)
+def shipped(request: pytest.FixtureRequest) -> Iterator[Service]:
+    """The app on shipped weights."""
+    running = Service(Settings(model=request.param, device="cpu"))
     running.start()
     yield running
     running.stop()
@@ -77,17 +79,18 @@ def test_a_foreign_classifier_reads_the_asked_label(shipped: Service) -> None:
     assert (judge(np.array(drawn)) == asked).mean() >= bound
 
 
-def test_diffusers_loads_the_shipped_directory_and_agrees() -> None:
+@of_each
+def test_diffusers_loads_the_shipped_directory_and_agrees(directory: Path) -> None:
     from diffusers import DDPMScheduler, UNet2DModel
 
-    theirs = UNet2DModel.from_pretrained(WEIGHTS / "unet").double().eval()
-    ours = load_model(WEIGHTS)
+    theirs = UNet2DModel.from_pretrained(directory / "unet").double().eval()
+    ours = load_model(directory)
     x = torch.randn(3, 1, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t, label = torch.tensor([0, 400, 999]), torch.tensor([0, 7, 10])
     with torch.inference_mode():
         difference = (theirs(x, t, class_labels=label).sample - ours.net.double()(x, t, label)).abs().max()
     assert difference <= 1e-9
-    scheduler = DDPMScheduler.from_pretrained(WEIGHTS / "scheduler")
+    scheduler = DDPMScheduler.from_pretrained(directory / "scheduler")
     assert np.allclose(scheduler.alphas_cumprod, ours.schedule.alphas_cumprod, atol=1e-6)
 
 
@@ -98,6 +101,7 @@ def test_one_call_of_the_shipped_network_stays_under_600_mflop() -> None:
     assert 0.1e9 < counter.get_total_flops() <= 0.6e9
 
 
-def test_the_shipped_graph_is_of_the_shipped_weights() -> None:
+@of_each
+def test_the_shipped_graph_is_of_the_shipped_weights(directory: Path) -> None:
     """No start of the service has to make it, also where it could not keep it."""
-    assert isinstance(load_model(WEIGHTS).network(torch.device("cpu")), OnnxNetwork)
+    assert isinstance(load_model(directory).network(torch.device("cpu")), OnnxNetwork)
