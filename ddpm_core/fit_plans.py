@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     model = checkpoint.load_model(args.model)
     if model.distilled_steps is not None:
         raise ValueError(
-            f"{args.model} is distilled for ddim with {model.distilled_steps} steps: no plan fits it better"
+            f"{args.model} is distilled for ddim with {model.distilled_steps} steps: no other plan fits it"
         )
     network = model.network(device)
     fit_seeds = range(FIRST_SEED, FIRST_SEED + args.images)

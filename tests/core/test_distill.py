@@ -338,7 +338,7 @@ def test_a_student_is_no_teacher_is_fitted_no_plans_and_starts_no_training(
     assert distill.main(arguments(finished / "model", tmp_path / "run")) == 2
     assert "a student itself" in capsys.readouterr().err
     assert fit_plans.main(["--model", student, "--device", "cpu"]) == 2
-    assert "no plan fits it better" in capsys.readouterr().err
+    assert "no other plan fits it" in capsys.readouterr().err
     assert train.main(["--init", student, "--data", "digits", "--device", "cpu", "--out", out]) == 2
     assert "start from its teacher" in capsys.readouterr().err
     assert sweep.main(["--model", student, "--classifier", out, "--data", "digits", "--device", "cpu"]) == 2
