@@ -46,6 +46,7 @@ def resolve(
     most: int,
     learned: Collection[int] = (),
     *,
+    eta: float = 0.0,
     distilled_steps: int | None = None,
     from_noise: bool = True,
 ) -> tuple[str, int]:
@@ -56,14 +57,15 @@ def resolve(
         steps: 1 .. most; None: the sampler's own, as far as there are so many.
         most: how many steps the chain has: T, or t + 1 where it starts at t.
         learned: the numbers of steps that the model has learned plans for.
-        distilled_steps: of ddim, for which alone the model's network is trained; then every preset is that.
+        eta: of ddim.
+        distilled_steps: of ddim with eta 0, for which alone the model's network is trained; then every preset is that.
         from_noise: whether the chain starts at pure noise, as learned plans do; else at an image noised to some t.
 
     Raises:
         ValueError: no such sampler, or steps is out of range, or not what the network is trained for.
     """
     if distilled_steps is not None:
-        return _distilled(sampler, steps, distilled_steps, from_noise)
+        return _distilled(sampler, steps, eta, distilled_steps, from_noise)
     own_steps = None
     if sampler in PRESETS:
         sampler, own_steps = next(
@@ -91,14 +93,16 @@ def resolve(
     return sampler, steps
 
 
-def _distilled(sampler: str, steps: int | None, own: int, from_noise: bool) -> tuple[str, int]:
-    """resolve() for a network that is trained for ddim with its own number of steps."""
+def _distilled(sampler: str, steps: int | None, eta: float, own: int, from_noise: bool) -> tuple[str, int]:
+    """resolve() for a network that is trained for ddim with its own number of steps and no noise on the way."""
     if not from_noise:
         raise ValueError(f"sampler={sampler!r} cannot start at an image's t: this model is distilled, from pure noise")
     if sampler != "ddim" and sampler not in PRESETS:
         raise ValueError(f"sampler={sampler!r} does not fit: this model is distilled for ddim with {own} steps")
     if steps not in (None, own):
         raise ValueError(f"steps={steps} must be {own}: this model is distilled for them")
+    if eta:
+        raise ValueError(f"eta={eta} must be 0: this model is distilled for ddim without noise on the way")
     return "ddim", own
 
 
@@ -127,7 +131,7 @@ def build(
         variance: ddpm only.
         spacing, offset: of the timesteps; all T of them need neither.
         learned: plans fitted to the network, by their number of steps; they start from pure noise.
-        distilled_steps: of ddim, for which alone the network is trained.
+        distilled_steps: of ddim with eta 0, for which alone the network is trained.
 
     Raises:
         ValueError: no such sampler, or a number outside its range.
@@ -137,7 +141,9 @@ def build(
         if not 0 <= start < total:
             raise ValueError(f"start={start} must be 0 .. {total - 1}")
         total = start + 1
-    sampler, count = resolve(sampler, steps, total, learned, distilled_steps=distilled_steps, from_noise=start is None)
+    sampler, count = resolve(
+        sampler, steps, total, learned, eta=eta, distilled_steps=distilled_steps, from_noise=start is None
+    )
     if eta and sampler != "ddim":
         raise ValueError(f"eta={eta} is for sampler ddim alone; {sampler} has none")
     if sampler == LEARNED:

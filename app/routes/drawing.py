@@ -44,7 +44,7 @@ def to_params(
         most = info.num_train_steps if start is None else start.t + 1
         sampler, steps = samplers.resolve(
             body.sampler, body.steps, most, info.learned,
-            distilled_steps=info.distilled_steps, from_noise=start is None,
+            eta=body.eta, distilled_steps=info.distilled_steps, from_noise=start is None,
         )  # fmt: skip
     except ValueError as error:
         raise _of_plan(error) from None
@@ -71,7 +71,7 @@ def _of_plan(error: ValueError) -> errors.Invalid:
     field, _, rest = str(error).partition("=")
     return (
         errors.Invalid.field(field, rest)
-        if field in ("sampler", "steps")
+        if field in ("sampler", "steps", "eta")
         else errors.Invalid.field("steps", str(error))
     )
 

@@ -242,6 +242,8 @@ def test_a_student_draws_in_one_way_whatever_the_preset(finished: Path) -> None:
             student.plan(sampler, steps)
     with pytest.raises(ValueError, match="cannot start at an image"):
         student.plan("balanced", start=5)
+    with pytest.raises(ValueError, match=r"eta=0\.5 must be 0"):
+        student.plan("ddim", eta=0.5)
 
 
 def test_its_record_says_what_it_came_from(teacher: Path, finished: Path) -> None:

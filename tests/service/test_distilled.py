@@ -53,6 +53,9 @@ def test_what_the_network_was_not_trained_for_is_refused(
     assert_problem(service.request("GET", url(service, "ddpm-10/7/5.png")), 422, "sampler")
     problem = assert_problem(service.generate({"steps": 10}), 422, "steps")
     assert "must be 2" in json.dumps(problem)
+    problem = assert_problem(service.generate({"sampler": "ddim", "eta": 0.5}), 422, "eta")
+    assert "without noise on the way" in json.dumps(problem)
+    assert_problem(service.request("GET", url(service, "ddim-2/7/5.png?eta=1")), 422, "eta")
     image = io.BytesIO()
     Image.new("L", (28, 28)).save(image, "PNG")
     for sampler in ("balanced", "learned", "ddim"):
