@@ -16,7 +16,7 @@ Before anything is timed the images are compared: where they differ by more than
 
     python benchmarks/sampling.py [--quick] [--rounds 5]
 
-Six minutes on two cores, half of one with --quick (one round, 8 images for 64, 50 of the pipeline's 1000 steps).
+Three minutes on two cores, half of one with --quick (one round, 8 images for 64, 50 of the pipeline's 1000 steps).
 """
 
 from __future__ import annotations
