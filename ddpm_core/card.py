@@ -266,7 +266,7 @@ def write_readme(directory: Path) -> None:
     Raises:
         CheckpointError: card.json or sweep.json cannot be used.
     """
-    path = directory / "card.json"
+    path = directory / checkpoint.CARD_NAME
     if path.is_file():
         card = checkpoint.read_json(path)
         try:
@@ -279,6 +279,6 @@ def write_readme(directory: Path) -> None:
 
 def write(directory: Path, card: Mapping[str, Any], images: Tensor, columns: int) -> None:
     """Writes card.json, README.md and, of images (N, C, H, W) uint8, samples.png into a model directory."""
-    pictures.save_samples(directory / "samples.png", images, columns)
-    checkpoint.write_atomically(directory / "card.json", checkpoint.to_json(card))
+    checkpoint.write_atomically(directory / "samples.png", pictures.samples_png(images, columns))
+    checkpoint.write_atomically(directory / checkpoint.CARD_NAME, checkpoint.to_json(card))
     write_readme(directory)

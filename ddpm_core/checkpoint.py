@@ -14,13 +14,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ddpm_core import learned, samplers
@@ -35,12 +36,20 @@ from ddpm_core.unet import UNet, UNetConfig
 log = logging.getLogger(__name__)
 
 RECORD_NAME = "training.json"  # of a model directory: how its weights came about
+CARD_NAME = "card.json"  # of a model directory: what was measured of its weights
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 GRAPH_NAME = "model.onnx"  # beside the weights: the network for ONNX Runtime
 
 
 class CheckpointError(ValueError):
     """A model directory cannot be used; the message says which file, what is wrong and how to mend it."""
+
+
+class WriteError(OSError):
+    """A file cannot be written; what it held before is whole."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written: {self.strerror}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,17 +129,35 @@ class Model:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes to a temporary name, flushes to the disk, renames: path holds the old content or the new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes to a temporary name, flushes to the disk, renames: path holds the old content or the new, never half.
+
+    Raises:
+        WriteError: it cannot; nothing temporary is left.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # until then a crash may take the new name back
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror, str(path)) from error
+
+
+def clear_temporaries(directory: Path) -> None:
+    """Takes away what processes that were killed in write_atomically left there; nobody may be writing."""
+    for path in directory.rglob(".*.[0-9]*.tmp"):
+        path.unlink()
 
 
 def to_json(value: object) -> bytes:
@@ -159,20 +186,26 @@ def load_model(directory: Path) -> Model:
     Raises:
         CheckpointError: a file is missing, damaged, does not fit its config, or asks for what is not supported.
     """
-    if not directory.is_dir():
-        raise CheckpointError(f"no model directory at {directory}: train one with `python -m ddpm_core.train`")
-    nested = (directory / "unet").is_dir()
+    try:
+        nested = any(path.name == "unet" for path in directory.iterdir())
+    except FileNotFoundError as error:
+        message = f"no model directory at {directory}: train one with `python -m ddpm_core.train`"
+        raise CheckpointError(message) from error
+    except OSError as error:
+        raise CheckpointError(f"{directory} is no model directory that can be read: {error.strerror}") from error
     unet_dir = directory / "unet" if nested else directory
     scheduler_dir = directory / "scheduler" if nested else directory
     config_path, scheduler_path = unet_dir / "config.json", scheduler_dir / "scheduler_config.json"
+    fields = read_json(config_path)
     try:
-        config = UNetConfig.from_dict(read_json(config_path))
+        config = UNetConfig.from_dict(fields)
         _ = config.image_shape
         net = UNet(config)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{config_path}: {error}") from error
+    fields = read_json(scheduler_path)
     try:
-        scheduler = SchedulerConfig.from_dict(read_json(scheduler_path))
+        scheduler = SchedulerConfig.from_dict(fields)
         schedule = scheduler.schedule()
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{scheduler_path}: {error}") from error
@@ -181,14 +214,57 @@ def load_model(directory: Path) -> Model:
     if not weights_path.is_file():
         raise CheckpointError(f"{weights_path} is missing: only safetensors weights are read, never pickled ones")
     try:
-        _check_shapes(weights_path, net)
-        net.load_state_dict(load_file(weights_path))
-    except (SafetensorError, ValueError, RuntimeError) as error:
+        content = weights_path.read_bytes()  # once: the sha256 is of what is loaded, whoever writes meanwhile
+        weights = load(content)
+        _check_shapes(weights, net)
+        net.load_state_dict(weights)
+        _check_finite(net)
+    except OSError as error:
+        raise CheckpointError(f"{weights_path} cannot be read: {error.strerror}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights_path} is damaged or no safetensors file ({error}): restore it") from error
+    except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{weights_path}: {error}") from error
     net.eval().requires_grad_(False)
-    name, sha256 = directory.resolve().name, sha256_of(weights_path)
+    name, sha256 = directory.resolve().name, hashlib.sha256(content).hexdigest()
     plans = _learned_plans(directory / learned.PLANS_NAME, sha256)
     return Model(name, sha256, net, scheduler, schedule, unet_dir / GRAPH_NAME, plans)
+
+
+def verify(directory: Path, model: Model, sha256: str | None = None) -> None:
+    """Holds a model to what its weights are meant to be: to a pin, and to the card of its directory if there is one.
+
+    load_model does not: weights just trained lie beside the card of the old ones until they are measured.
+
+    Args:
+        directory: where the model was loaded from.
+        sha256: the pin, 12 digits or more from the start of the weights' sha256; None: there is none.
+
+    Raises:
+        CheckpointError: the weights are others, the pin is none, or card.json cannot be used.
+    """
+    if sha256 is not None:
+        if not re.fullmatch("[0-9a-f]{12,64}", sha256):
+            raise CheckpointError(f"the pin {sha256!r} must be the first 12 .. 64 digits of a sha256, in lower case")
+        if not model.sha256.startswith(sha256):
+            raise CheckpointError(
+                f"the weights in {directory} have sha256 {model.sha256}, pinned is {sha256}: "
+                "restore the weights that were pinned, or pin these if they are meant"
+            )
+    path = directory / CARD_NAME
+    if not path.exists():
+        return
+    renew = f"measure them anew with `python -m ddpm_core.evaluate --model {directory} --card`, or delete {path}"
+    try:
+        measured = read_json(path)["model"]["sha256"]
+    except (CheckpointError, KeyError, TypeError) as error:
+        message = f"{path} does not say of which weights it is, in model.sha256 ({error}): {renew}"
+        raise CheckpointError(message) from error
+    if model.sha256 != measured:
+        raise CheckpointError(
+            f"the weights in {directory} have sha256 {model.sha256}, {CARD_NAME} was written for {measured}: they were "
+            f"swapped, damaged or trained on. Restore the file, or {renew}"
+        )
 
 
 def training_record(directory: Path) -> dict[str, Any]:
@@ -215,16 +291,20 @@ def _learned_plans(path: Path, sha256: str) -> dict[int, SamplingPlan]:
         ) from error
 
 
-def _check_shapes(path: Path, net: UNet) -> None:
-    """Compares the file's header with the network before any tensor is read."""
+def _check_shapes(weights: Mapping[str, Tensor], net: UNet) -> None:
     wanted = {k: tuple(v.shape) for k, v in net.state_dict().items()}
-    with safe_open(path, framework="pt") as file:
-        found = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 (not a dict)
+    found = {k: tuple(v.shape) for k, v in weights.items()}
     for key in wanted.keys() ^ found.keys():
         raise ValueError(f"tensor {key!r} is {'missing' if key in wanted else 'not part of this config'}")
     for key, shape in wanted.items():
         if found[key] != shape:
             raise ValueError(f"tensor {key!r} has shape {found[key]}, the config asks for {shape}")
+
+
+def _check_finite(net: UNet) -> None:
+    for key, tensor in net.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"tensor {key!r} holds numbers that are not finite: restore the file or train anew")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -141,24 +141,24 @@ def main(argv: list[str] | None = None) -> int:
         out = data_arguments.classifier_of(vars(args), args.out, "--out")
         train, test = (data_arguments.load(vars(args), train=part) for part in (True, False))
         net = fit(train, epochs=args.epochs, seed=args.seed)
+        content = save({k: v.contiguous() for k, v in net.state_dict().items()})
+        checkpoint.write_atomically(out / "classifier.safetensors", content)
+        card = {
+            "data": args.data,
+            "channels": train.images.shape[1],
+            "num_classes": train.num_classes,
+            "features": FEATURES,
+            "epochs": args.epochs,
+            "seed": args.seed,
+            "train_images": len(train.images),
+            "test_images": len(test.images),
+            "test_accuracy": accuracy(net, test),
+            "sha256": checkpoint.sha256_of(out / "classifier.safetensors"),
+        }
+        checkpoint.write_atomically(out / "card.json", checkpoint.to_json(card))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    content = save({k: v.contiguous() for k, v in net.state_dict().items()})
-    checkpoint.write_atomically(out / "classifier.safetensors", content)
-    card = {
-        "data": args.data,
-        "channels": train.images.shape[1],
-        "num_classes": train.num_classes,
-        "features": FEATURES,
-        "epochs": args.epochs,
-        "seed": args.seed,
-        "train_images": len(train.images),
-        "test_images": len(test.images),
-        "test_accuracy": accuracy(net, test),
-        "sha256": checkpoint.sha256_of(out / "classifier.safetensors"),
-    }
-    checkpoint.write_atomically(out / "card.json", checkpoint.to_json(card))
     print(f"{out}: test accuracy {card['test_accuracy']:.4f}")
     return 0
 

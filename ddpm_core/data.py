@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -75,40 +75,81 @@ class ImageSet:
         return {"images": len(self.images), "sha256": digest.hexdigest(), **names}
 
 
-def _of_torchvision(title: str, kind: Any, files: Path, root: Path, train: bool, download: bool) -> Any:
-    """One of torchvision's data sets, or an error that says where its files belong and how they get there."""
+def _fetch(title: str, kind: Any, files: Path, root: Path) -> None:
+    """One of torchvision's data sets, downloaded and unpacked where that is not done yet."""
     try:
-        return kind(str(root), train=train, download=download)
-    except (RuntimeError, URLError, ValueError, AssertionError) as error:  # the last two: files that are cut short
-        if download:
-            reason = " ".join(str(error).split())
-            raise FileNotFoundError(
-                f"{title} could not be fetched into {files} ({reason}): take away what is there and try again"
-            ) from error
+        kind(str(root), download=True)
+    except Exception as error:  # torchvision reads what it unpacked, and has no common error where that is damaged
+        reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"{title} is not under {root}, or not whole (its files belong into {files}): "
-            "name another folder with --data-root, or fetch it with --download"
+            f"{title} could not be fetched into {files} ({reason}): take away what is there and try again"
         ) from error
+
+
+def _absent(title: str, path: Path, root: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{title} is not under {root}, {path} is missing: name another folder with --data-root, or fetch it with "
+        "--download"
+    )
+
+
+def _damaged(path: Path, reason: str, away: str = "it") -> ValueError:
+    return ValueError(f"{path} is damaged ({reason}): take {away} away, then fetch it anew with --download")
+
+
+def _read_idx(path: Path, ndim: int) -> Tensor:
+    """The bytes in an IDX file, the format of MNIST: 0, 0, 8 for bytes, ndim, the dimensions, then the bytes."""
+    content = np.frombuffer(path.read_bytes(), np.uint8)
+    start = 4 + 4 * ndim
+    if content[:4].tolist() != [0, 0, 8, ndim] or len(content) < start:
+        raise _damaged(path, f"no IDX file of bytes in {ndim} dimensions")
+    shape = content[4:start].view(">u4").tolist()
+    if len(content) - start != math.prod(shape):
+        raise _damaged(path, f"{len(content):,} bytes where {shape} needs {start + math.prod(shape):,}")
+    return torch.from_numpy(content[start:].reshape(shape).copy())
+
+
+def _idx_set(name: str, title: str, kind: Any, root: Path, train: bool, download: bool) -> ImageSet:
+    files = root / kind.__name__ / "raw"
+    paths = [files / f"{'train' if train else 't10k'}-{which}" for which in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    if download and not all(path.is_file() for path in paths):
+        _fetch(title, kind, files, root)
+    for path in paths:
+        if not path.is_file():
+            raise _absent(title, path, root)
+    images, labels = _read_idx(paths[0], 3), _read_idx(paths[1], 1)
+    if len(images) != len(labels):
+        raise _damaged(paths[1], f"{len(labels):,} labels of {len(images):,} images")
+    if bool((labels > 9).any()):
+        raise _damaged(paths[1], "labels above 9")
+    return ImageSet(name, images[:, None], labels.long(), 10)
 
 
 def _mnist(root: Path, train: bool, download: bool, options: Options) -> ImageSet:
     from torchvision.datasets import MNIST
 
-    found = _of_torchvision("MNIST", MNIST, root / "MNIST" / "raw", root, train, download)
-    return ImageSet("mnist", found.data[:, None].clone(), found.targets.clone(), 10)
+    return _idx_set("mnist", "MNIST", MNIST, root, train, download)
 
 
 def _fashion_mnist(root: Path, train: bool, download: bool, options: Options) -> ImageSet:
     from torchvision.datasets import FashionMNIST
 
-    found = _of_torchvision("Fashion-MNIST", FashionMNIST, root / "FashionMNIST" / "raw", root, train, download)
-    return ImageSet("fashion-mnist", found.data[:, None].clone(), found.targets.clone(), 10)
+    return _idx_set("fashion-mnist", "Fashion-MNIST", FashionMNIST, root, train, download)
 
 
 def _cifar10(root: Path, train: bool, download: bool, options: Options) -> ImageSet:
     from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
 
-    found = _of_torchvision("CIFAR-10", CIFAR10, root / CIFAR10.base_folder, root, train, download)
+    files = root / CIFAR10.base_folder
+    if download:
+        _fetch("CIFAR-10", CIFAR10, files, root)
+    for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]:
+        if not (files / name).is_file():
+            raise _absent("CIFAR-10", files / name, root)
+        if not check_integrity(str(files / name), md5):
+            raise _damaged(files / name, "its MD5 is another", "its folder")
+    found = CIFAR10(str(root), train=train)
     images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
     return ImageSet("cifar10", images, torch.tensor(found.targets), 10)
 
@@ -222,8 +263,8 @@ def load(name: str, root: Path, *, train: bool, download: bool = False, options:
         options: the shape of its images; None: as they are.
 
     Raises:
-        ValueError: no such data set, or an image that cannot be read or has another shape than the others.
-        FileNotFoundError: its files are not there.
+        ValueError: no such data set, a file that is damaged, or an image that has another shape than the others.
+        FileNotFoundError: its files are not there, and could not be fetched.
     """
     if name not in DATASETS:
         raise ValueError(f"no data set {name!r}; known: {', '.join(DATASETS)}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,14 +29,24 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
-def save_samples(path: Path, images: Tensor, columns: int, *, scale: int = 2) -> None:
-    """Writes images (N, C, H, W) uint8 as one PNG."""
-    picture = to_pil(grid(images, columns))
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
+def samples_png(images: Tensor, columns: int, *, scale: int = 2) -> bytes:
+    """Images (N, C, H, W) uint8 as one PNG."""
+    picture, buffer = to_pil(grid(images, columns)), io.BytesIO()
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
-def save_loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None:
-    """Writes the loss over the steps, raw and smoothed, as a PNG."""
+def _figure_png(figure: Any) -> bytes:
+    from matplotlib import pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def loss_curve_png(steps: Sequence[int], losses: Sequence[float]) -> bytes:
+    """The loss over the steps, raw and smoothed, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,12 +60,11 @@ def save_loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float]) -
         axes.plot(steps[width - 1 :], smooth, label=f"mean of {width} points")
     axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
     axes.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return _figure_png(figure)
 
 
-def save_fid_curves(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]], floor: float, title: str) -> None:
-    """Writes FID over network calls as a PNG: a line of (NFE, FID) points a sampler, the floor dashed."""
+def fid_curves_png(lines: Mapping[str, Sequence[tuple[int, float]]], floor: float, title: str) -> bytes:
+    """FID over network calls as a PNG: a line of (NFE, FID) points a sampler, the floor dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -73,5 +83,4 @@ def save_fid_curves(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]]
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return _figure_png(figure)

@@ -122,7 +122,7 @@ class RunDirectory:
         """Writes a whole checkpoint. Once the state is there, a crash costs pictures only."""
         lines = "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in log)
         checkpoint.write_atomically(self.metrics, lines.encode())
-        progress = {"step": trainer.step, "elapsed_s": trainer.elapsed_s}
+        progress = {"step": trainer.step, "elapsed_s": trainer.elapsed_s, "skipped": trainer.skipped}
         tensors = {k: v.detach().contiguous() for k, v in trainer.state_tensors().items()}
         checkpoint.write_atomically(self.state, save(tensors, metadata={"progress": json.dumps(progress)}))
         weights = trainer.ema.weights
@@ -130,6 +130,7 @@ class RunDirectory:
         facts = {
             **run.facts(),
             "steps_done": trainer.step,
+            **({"steps_skipped": trainer.skipped} if trainer.skipped else {}),
             "images_seen": trainer.step * run.recipe.batch_size,
             "training_s": round(trainer.elapsed_s),
             "device": trainer.device.type,
@@ -141,9 +142,11 @@ class RunDirectory:
         net = UNet(run.unet)
         net.load_state_dict(weights)
         model = Model("model", sha256, net, run.scheduler, run.scheduler.schedule())
-        pictures.save_samples(self.path / "samples.png", *sampling.one_row_a_class(model, trainer.device))
+        samples = pictures.samples_png(*sampling.one_row_a_class(model, trainer.device))
+        checkpoint.write_atomically(self.path / "samples.png", samples)
         if len(log) > 1:
-            pictures.save_loss_curve(self.path / "loss.png", [s.step for s in log], [s.loss for s in log])
+            curve = pictures.loss_curve_png([s.step for s in log], [s.loss for s in log])
+            checkpoint.write_atomically(self.path / "loss.png", curve)
 
     def read(self, kind: type[AnyRun]) -> AnyRun:
         """The run that is here, which is one of a kind.
@@ -162,10 +165,17 @@ class RunDirectory:
     def load(self, trainer: Trainer) -> list[StepStats]:
         """Puts the saved state into trainer and returns the log up to it. Raises CheckpointError on damaged files."""
         try:
-            with safe_open(self.state, framework="pt") as file:
-                progress = json.loads(file.metadata()["progress"])
-            trainer.load_state_tensors(load_file(self.state), **progress)
+            trainer.load_state_tensors(load_file(self.state), **self._progress())
             log = [StepStats(**json.loads(line)) for line in self.metrics.read_text().splitlines()]
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"the run in {self.path} is damaged: {error}") from error
         return [s for s in log if s.step <= trainer.step]
+
+    def saved_step(self) -> int | None:
+        """The step of the checkpoint that is here; None: there is none."""
+        return int(self._progress()["step"]) if self.state.is_file() else None
+
+    def _progress(self) -> dict[str, Any]:
+        with safe_open(self.state, framework="pt") as file:
+            progress: dict[str, Any] = json.loads(file.metadata()["progress"])
+        return progress

@@ -138,7 +138,8 @@ class Sweep:
         for point in sorted(self.content["points"], key=lambda p: p["nfe"]):
             lines[card.line_of(point)].append((point["nfe"], point["fid"]))
         samples, floor = self.content["samples"], self.content["floor"]["fid"]["value"]
-        pictures.save_fid_curves(path, lines, floor, f"FID of {samples:,} images")
+        picture = pictures.fid_curves_png(lines, floor, f"FID of {samples:,} images")
+        checkpoint.write_atomically(path, picture)
 
 
 def measure(

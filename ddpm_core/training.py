@@ -29,7 +29,7 @@ MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient before trainin
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss stayed NaN or infinite; the weights are those of the last good step."""
+    """The loss or its gradient stayed NaN or infinite; the weights are those of the last good step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Trainer:
             self.net, recipe.optimizer, adam_betas=recipe.adam_betas, weight_decay=recipe.weight_decay
         )
         self.step = 0
+        self.skipped = 0  # steps that changed nothing, their loss or gradient not being finite
         self.elapsed_s = 0.0
 
     @property
@@ -105,7 +106,7 @@ class Trainer:
         return output.float()
 
     def train_step(self) -> tuple[float, float, float] | None:
-        """One optimizer step: loss, lr, gradient norm. None where the gradient is not finite: nothing was changed."""
+        """One optimizer step: loss, lr, gradient norm. None where one of them is not finite: nothing was changed."""
         lr = self.lr()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -125,13 +126,15 @@ class Trainer:
         self.step += 1
         if finite:
             self.ema.update(self.net, self.step)
+        else:
+            self.skipped += 1
         return (loss, lr, norm) if finite else None
 
     def train(self) -> Iterator[StepStats]:
         """Trains to the end of the recipe, yielding after every step. Leave the loop at will: the state is whole.
 
         Raises:
-            TrainingDiverged: the gradient was not finite for MAX_BAD_STEPS steps on end.
+            TrainingDiverged: the loss or its gradient was not finite for MAX_BAD_STEPS steps on end.
         """
         bad = 0
         while self.progress < 1:
@@ -142,8 +145,7 @@ class Trainer:
                 bad += 1
                 if bad == MAX_BAD_STEPS:
                     raise TrainingDiverged(
-                        f"no finite gradient in {bad} steps up to step {self.step}: "
-                        "resume from the last checkpoint with a lower --lr or a longer --warmup-steps"
+                        f"the loss or its gradient was not finite in {bad} steps on end, up to step {self.step:,}"
                     )
                 continue
             bad = 0
@@ -151,7 +153,7 @@ class Trainer:
             yield StepStats(self.step, loss, lr, norm, self.elapsed_s, self.progress)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All that changes in training, by name; step and elapsed_s are beside it."""
+        """All that changes in training, by name; step, elapsed_s and skipped are beside it."""
         tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.weights.items()}
         for which, optimizer in enumerate(self.optimizers):
@@ -159,7 +161,7 @@ class Trainer:
                 tensors |= {f"optimizer.{which}.{index}.{k}": v for k, v in slots.items()}
         return tensors
 
-    def load_state_tensors(self, tensors: dict[str, Tensor], *, step: int, elapsed_s: float) -> None:
+    def load_state_tensors(self, tensors: dict[str, Tensor], *, step: int, elapsed_s: float, skipped: int = 0) -> None:
         """The inverse of state_tensors."""
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -177,4 +179,4 @@ class Trainer:
                 parameter = parameters[int(index)]
                 slots.setdefault(int(index), {})[name] = torch.empty_like(parameter).copy_(v) if v.dim() else v
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-        self.step, self.elapsed_s = step, elapsed_s
+        self.step, self.elapsed_s, self.skipped = step, elapsed_s, skipped

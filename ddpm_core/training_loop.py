@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ddpm_core import checkpoint
-from ddpm_core.runs import Run, RunDirectory
+from ddpm_core.runs import Run, RunDirectory, TrainingRun
 from ddpm_core.training import StepStats, Trainer, TrainingDiverged
 
 LOG_EVERY = 25  # steps between two lines of metrics.jsonl
@@ -80,7 +80,8 @@ def train(run: Run, trainer: Trainer, directory: RunDirectory, log: list[StepSta
             rate = (stats.step - first_step) * run.recipe.batch_size / (now - first_time)
             left_s = (now - first_time) * (1 - stats.progress) / max(stats.progress - first_progress, 1e-9)
             bar.set_description_str(
-                f"step {stats.step:,}  loss {loss_mean:.4f}  {rate:.0f} images/s  {show_duration(left_s)} left",
+                f"step {stats.step:,}  loss {loss_mean:.4f}  {rate:.0f} images/s  {show_duration(left_s)} left"
+                f"{f'  {trainer.skipped:,} skipped' if trainer.skipped else ''}",
                 False,
             )
             bar.update(stats.progress - bar.n)
@@ -95,6 +96,11 @@ def train(run: Run, trainer: Trainer, directory: RunDirectory, log: list[StepSta
             signal.signal(signum, handler)
     directory.save(trainer, run, log)
     return not stop
+
+
+def last_checkpoint(directory: RunDirectory) -> str:
+    step = directory.saved_step()
+    return "there is no checkpoint yet" if step is None else f"the checkpoint of step {step:,} is whole"
 
 
 def carry_out(
@@ -114,7 +120,7 @@ def carry_out(
         resume: go on with what is in the directory.
         save_every: seconds between checkpoints.
     """
-    again = f"resume with: python -m {module} --out {directory.path} --resume"
+    again = f"python -m {module} --out {directory.path} --resume"
     try:
         if not resume and directory.state.exists():
             raise FileExistsError(
@@ -122,23 +128,34 @@ def carry_out(
             )
         run, trainer, on_what = prepare()
         log = directory.load(trainer) if resume else []
+        checkpoint.clear_temporaries(directory.path)
         checkpoint.write_atomically(directory.config, checkpoint.to_json(run.to_dict()))
         announce(run, trainer, on_what, directory)
         finished = train(run, trainer, directory, log, save_every)
     except TrainingDiverged as error:
-        print(f"error: {error}\n{again}", file=sys.stderr)
+        begin = "begin another run with a lower --lr or a longer --warmup-steps"
+        if directory.state.exists():
+            begin = f"--resume would come to the same: {begin} in another --out"
+            if isinstance(run, TrainingRun):
+                begin += f", from these weights with --init {directory.model}"
+        print(f"error: {error}; {last_checkpoint(directory)}; {begin}", file=sys.stderr)
+        return 1
+    except checkpoint.WriteError as error:
+        go_on = f"go on with: {again}" if directory.state.exists() else "give the same command again"
+        print(f"error: {error}; {last_checkpoint(directory)}; free space, then {go_on}", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if directory.state.exists():
-            print(f"stopped; what came after the last checkpoint is lost. {again}", file=sys.stderr)
+            print(f"stopped; what came after the last checkpoint is lost. resume with: {again}", file=sys.stderr)
         else:
             print("stopped before the first checkpoint: the same command begins anew", file=sys.stderr)
         return 130
     where = f"{directory.path}/samples.png, {directory.model}"
-    print(f"{'done' if finished else 'saved'} at step {trainer.step:,}: {where}")
+    skipped = f" ({trainer.skipped:,} skipped, their loss or gradient not being finite)" if trainer.skipped else ""
+    print(f"{'done' if finished else 'saved'} at step {trainer.step:,}{skipped}: {where}")
     if not finished:
-        print(again)
+        print(f"resume with: {again}")
     return 0 if finished else 130

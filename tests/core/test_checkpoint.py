@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pickle
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddpm_core import checkpoint, sampling
-from ddpm_core.checkpoint import WEIGHTS_NAME, CheckpointError, load_model, write_atomically
+from ddpm_core.checkpoint import WEIGHTS_NAME, CheckpointError, WriteError, load_model, verify, write_atomically
 from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -247,11 +250,68 @@ def test_a_missing_directory_says_how_to_make_one(tmp_path: Path) -> None:
     assert "ddpm_core.train" in message
 
 
+def test_a_file_is_no_model_directory(model_dir: Path) -> None:
+    message = refusal(model_dir / WEIGHTS)
+    assert message == f"{model_dir / WEIGHTS} is no model directory that can be read: Not a directory"
+
+
+def test_weights_that_the_disk_does_not_give_are_named(model_dir: Path) -> None:
+    path = model_dir / WEIGHTS
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # a regular file of which no byte can be read: EIO
+    assert refusal(model_dir) == f"{path} cannot be read: Input/output error"
+
+
+@pytest.mark.parametrize(
+    ("closed", "reason"),
+    [
+        (WEIGHTS, f"{Path('model') / WEIGHTS} cannot be read"),
+        (UNET_JSON, f"{Path('model') / UNET_JSON} cannot be read"),
+        (Path("unet"), f"{Path('model') / UNET_JSON} cannot be read"),
+        (Path(), "model is no model directory that can be read"),
+    ],
+)
+def test_what_may_not_be_read_is_named(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: Path, reason: str
+) -> None:
+    """By anyone but root, who may read everything: root becomes nobody, who sees what lies here by relative paths."""
+    user = os.geteuid()
+    tmp_path.chmod(0o755)
+    mode = (model_dir / closed).stat().st_mode
+    (model_dir / closed).chmod(0)
+    monkeypatch.chdir(tmp_path)
+    os.seteuid(user or 65534)
+    try:
+        message = refusal(Path("model"))
+    finally:
+        os.seteuid(user)
+        (model_dir / closed).chmod(mode)
+    assert message == f"{reason}: Permission denied"
+
+
 def test_pickled_weights_are_never_read(model_dir: Path) -> None:
     """A .bin beside the config does not stand in for the safetensors file."""
     torch.save(UNet(CONFIG).state_dict(), model_dir / "unet" / "diffusion_pytorch_model.bin")
     (model_dir / WEIGHTS).unlink()
     assert "safetensors" in refusal(model_dir)
+
+
+@pytest.mark.parametrize("form", ["torch", "plain"])
+def test_a_pickle_by_the_name_of_weights_is_not_run(model_dir: Path, form: str) -> None:
+    path, witness = model_dir / WEIGHTS, model_dir / "witness"
+
+    class Mine:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(witness),)
+
+    if form == "torch":
+        torch.save({"conv_in.bias": Mine()}, path)
+    else:
+        path.write_bytes(pickle.dumps(Mine()))
+    message = refusal(model_dir)
+    assert message.startswith(f"{path} is damaged or no safetensors file (")
+    assert message.endswith("restore it")
+    assert not witness.exists()
 
 
 @pytest.mark.parametrize("path", [UNET_JSON, SCHEDULER_JSON])
@@ -274,14 +334,53 @@ def test_a_config_that_is_no_json_object_is_named(model_dir: Path, path: Path, c
         lambda b: b[:100],
         lambda b: b[:-4],
         lambda b: b"\xff" * 8 + b[8:],
+        lambda b: (2**62).to_bytes(8, "little") + b[8:],
+        lambda b: len(b).to_bytes(8, "little") + b[8:],
         lambda b: b * 2,
     ],
-    ids=["empty", "cut_in_length", "cut_in_header", "cut_in_data", "absurd_header", "twice"],
+    ids=[
+        "empty",
+        "cut_in_length",
+        "cut_in_header",
+        "cut_in_data",
+        "absurd_header",
+        "huge_header",
+        "long_header",
+        "twice",
+    ],
 )
 def test_a_damaged_weights_file_is_named(model_dir: Path, damage: Callable[[bytes], bytes]) -> None:
     path = model_dir / WEIGHTS
     path.write_bytes(damage(path.read_bytes()))
-    assert refusal(model_dir).startswith(str(path))
+    message = refusal(model_dir)
+    assert message.startswith(f"{path} is damaged or no safetensors file (")
+    assert "\n" not in message
+
+
+def test_weights_that_are_cut_short_anywhere_are_refused(model_dir: Path) -> None:
+    path = model_dir / WEIGHTS
+    good = path.read_bytes()
+    for length in random.Random(0).sample(range(len(good)), 30):
+        path.write_bytes(good[:length])
+        assert refusal(model_dir).startswith(f"{path} is damaged or no safetensors file (")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_the_tensor(model_dir: Path, value: float) -> None:
+    path = model_dir / WEIGHTS
+    weights = load_file(path)
+    weights["mid_block.resnets.0.conv1.weight"][3, 2, 1, 0] = value
+    save_file(weights, path)
+    message = refusal(model_dir)
+    assert message.startswith(str(path))
+    assert "'mid_block.resnets.0.conv1.weight' holds numbers that are not finite" in message
+
+
+def test_weights_that_float32_cannot_hold_are_refused(model_dir: Path) -> None:
+    """Finite in the file, infinite once they are loaded."""
+    weights = load_file(model_dir / WEIGHTS)
+    save_file({**weights, "conv_in.bias": torch.full((8,), 1e300, dtype=torch.float64)}, model_dir / WEIGHTS)
+    assert "'conv_in.bias' holds numbers that are not finite" in refusal(model_dir)
 
 
 def test_a_tensor_of_the_wrong_shape_a_missing_and_an_extra_one_are_named(model_dir: Path) -> None:
@@ -298,6 +397,107 @@ def test_a_tensor_of_the_wrong_shape_a_missing_and_an_extra_one_are_named(model_
 
     save_file({**weights, "conv_extra.weight": torch.zeros(1)}, path)
     assert "'conv_extra.weight' is not part of this config" in refusal(model_dir)
+
+
+# Whether the weights are those that are meant
+
+
+def swap(model_dir: Path) -> None:
+    """Another network's weights, of the same shapes."""
+    torch.manual_seed(1)
+    checkpoint.save_model(model_dir, UNet(CONFIG).state_dict(), CONFIG, SCHEDULER)
+
+
+def write_card(model_dir: Path) -> str:
+    """The card of the weights that are there; returns their sha256."""
+    sha256 = load_model(model_dir).sha256
+    (model_dir / "card.json").write_text(json.dumps({"model": {"sha256": sha256}}))
+    return sha256
+
+
+def doubt(model_dir: Path, sha256: str | None = None) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        verify(model_dir, load_model(model_dir), sha256)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_weights_that_are_their_card_s_and_the_pin_s_are_good(model_dir: Path) -> None:
+    model = load_model(model_dir)
+    verify(model_dir, model)
+    for digits in (12, 13, 64):
+        verify(model_dir, model, model.sha256[:digits])
+    write_card(model_dir)
+    verify(model_dir, model)
+    verify(model_dir, model, model.sha256)
+
+
+def test_swapped_weights_are_told_by_card_and_pin(model_dir: Path) -> None:
+    before = write_card(model_dir)
+    swap(model_dir)
+    after = load_model(model_dir).sha256  # the card does not keep them from being loaded: they may be measured next
+    message = doubt(model_dir)
+    assert f"weights in {model_dir} have sha256 {after}, card.json was written for {before}" in message
+    assert f"`python -m ddpm_core.evaluate --model {model_dir} --card`" in message
+    assert f"delete {model_dir / 'card.json'}" in message
+    (model_dir / "card.json").unlink()
+    verify(model_dir, load_model(model_dir))
+    message = doubt(model_dir, before[:12])
+    assert f"weights in {model_dir} have sha256 {after}, pinned is {before[:12]}: restore" in message
+
+
+@pytest.mark.parametrize("by", ["card", "pin"])
+def test_a_bit_that_flips_anywhere_in_the_weights_is_told(model_dir: Path, by: str) -> None:
+    """Refused when they are loaded, where it makes a number infinite or spoils the header, else by card or pin."""
+    path, pin = model_dir / WEIGHTS, write_card(model_dir)
+    if by == "pin":
+        (model_dir / "card.json").unlink()
+    good = path.read_bytes()
+    rng = random.Random(0)
+    header = 8 + int.from_bytes(good[:8], "little")
+    places = [0, header - 1, header, len(good) - 1, *(rng.randrange(len(good)) for _ in range(40))]
+    for place in places:
+        bad = bytearray(good)
+        bad[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=str(model_dir)):
+            verify(model_dir, load_model(model_dir), pin[:12] if by == "pin" else None)
+    path.write_bytes(good)
+    verify(model_dir, load_model(model_dir), pin)
+
+
+@pytest.mark.parametrize("pin", ["", "a" * 11, "a" * 65, "A" * 12, "g" * 12, " " + "a" * 12, "a" * 12 + "\n"])
+def test_what_is_no_pin_is_refused(model_dir: Path, pin: str) -> None:
+    assert "must be the first 12 .. 64 digits of a sha256" in doubt(model_dir, pin)
+
+
+def test_a_pin_is_the_start_of_the_digest_and_no_other_part(model_dir: Path) -> None:
+    assert "pinned is" in doubt(model_dir, load_model(model_dir).sha256[1:])
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff", b"[]", b"{}", b'{"model": {}}', b'{"model": "x"}', b'{"model": []}']
+)
+def test_a_card_that_names_no_weights_is_named(model_dir: Path, content: bytes) -> None:
+    (model_dir / "card.json").write_bytes(content)
+    message = doubt(model_dir)
+    assert message.startswith(f"{model_dir / 'card.json'} does not say of which weights it is")
+    assert "--card" in message
+
+
+def test_the_sha256_is_of_the_weights_that_were_loaded(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever writes the file between two looks at it: there is one."""
+    first, check = load_model(model_dir), checkpoint._check_shapes
+
+    def swapped_meanwhile(*args: Any) -> None:
+        check(*args)
+        swap(model_dir)
+
+    monkeypatch.setattr(checkpoint, "_check_shapes", swapped_meanwhile)
+    model = load_model(model_dir)
+    assert model.sha256 == first.sha256
+    assert torch.equal(model.net.state_dict()["conv_in.weight"], first.net.state_dict()["conv_in.weight"])
+    assert load_model(model_dir).sha256 != first.sha256
 
 
 # Files
@@ -321,24 +521,54 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
         path.write_bytes(b"old")
 
     def fail(*args: object) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail) if fails == "fsync" else monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WriteError) as caught:
         write_atomically(path, b"new")
+    assert str(caught.value) == f"{path} cannot be written: No space left on device"
+    assert caught.value.errno == errno.ENOSPC
     assert [p.read_bytes() for p in tmp_path.iterdir()] == ([b"old"] if existing else [])
 
 
-def test_the_content_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsync comes before the rename: a crash in between cannot leave an empty file under the real name."""
-    seen: list[tuple[int, bool]] = []
+def test_a_folder_that_cannot_be_made_is_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(WriteError, match=rf"{tmp_path / 'a' / 'b' / 'file'} cannot be written: Not a directory"):
+        write_atomically(tmp_path / "a" / "b" / "file", b"")
 
-    def watch(descriptor: int) -> None:
-        seen.append((os.fstat(descriptor).st_size, (tmp_path / "file").exists()))
 
-    monkeypatch.setattr(os, "fsync", watch)
-    write_atomically(tmp_path / "file", b"12345")
-    assert seen == [(5, False)]
+def test_content_then_name_then_folder_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsync of the whole file before the rename: a crash cannot leave half of it under the real name; fsync of the
+    folder after it: a crash cannot take the new name back."""
+    path, seen = tmp_path / "file", list[tuple[str, object]]()
+    path.write_bytes(b"old")
+    fsync, replace = os.fsync, Path.replace
+
+    def watched_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        at = os.fstat(descriptor)
+        seen.append(("fsync", "folder" if at.st_ino == tmp_path.stat().st_ino else at.st_size))
+
+    def watched_replace(temporary: Path, target: Path) -> Path:
+        seen.append(("replace", target.read_bytes()))
+        return replace(temporary, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "replace", watched_replace)
+    write_atomically(path, b"12345")
+    assert seen == [("fsync", 5), ("replace", b"old"), ("fsync", "folder")]
+    assert path.read_bytes() == b"12345"
+
+
+def test_temporaries_of_the_killed_are_cleared_and_nothing_else(tmp_path: Path) -> None:
+    left = [tmp_path / ".state.safetensors.4711.tmp", tmp_path / "model" / "unet" / ".config.json.1.tmp"]
+    kept = [tmp_path / "state.safetensors", tmp_path / ".hidden", tmp_path / "model" / "a.1.tmp", tmp_path / ".my.tmp"]
+    for path in (*left, *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    checkpoint.clear_temporaries(tmp_path)
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
+    checkpoint.clear_temporaries(tmp_path / "nowhere")
 
 
 def test_numbers_that_json_does_not_know_are_not_written() -> None:

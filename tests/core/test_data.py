@@ -6,7 +6,9 @@ import gzip
 import hashlib
 import io
 import pickle
+import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +92,58 @@ def test_fashion_mnist_is_unpacked_and_read(fashion: dict[str, np.ndarray], tmp_
         assert (part.name, part.num_classes, part.labels.dtype) == ("fashion-mnist", 10, torch.long)
 
 
-@pytest.mark.parametrize("length", [0, 3, 20, 1000])
-def test_a_damaged_file_of_fashion_mnist_names_its_folder(
-    fashion: dict[str, np.ndarray], tmp_path: Path, length: int
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        (IMAGES, lambda b: b"", "no IDX file of bytes in 3 dimensions"),
+        (IMAGES, lambda b: b[:3], "no IDX file"),
+        (IMAGES, lambda b: b[:15], "no IDX file"),
+        (IMAGES, lambda b: b[:16], r"16 bytes where \[5, 28, 28\] needs 3,936"),
+        (IMAGES, lambda b: b[:-1], "3,935 bytes where"),
+        (IMAGES, lambda b: b + b"\0", "3,937 bytes where"),
+        (IMAGES, lambda b: b[:4] + b"\xff" * 12 + b[16:], "3,936 bytes where"),
+        (IMAGES, lambda b: bytes([0, 0, 9]) + b[3:], "no IDX file"),  # signed
+        (IMAGES, lambda b: bytes([0, 0, 10]) + b[3:], "no IDX file"),  # of no kind that there is
+        (IMAGES, lambda b: b[:3] + bytes([1]) + b[4:], "no IDX file"),
+        (IMAGES, gzip.compress, "no IDX file"),
+        (LABELS, lambda b: b[:8], r"8 bytes where \[5\] needs 13"),
+        (LABELS, lambda b: idx_file(np.arange(4)), "4 labels of 5 images"),
+        (LABELS, lambda b: b[:-1] + bytes([10]), "labels above 9"),
+    ],
+)
+@pytest.mark.parametrize("download", [False, True])
+def test_a_damaged_file_of_fashion_mnist_is_named(
+    fashion: dict[str, np.ndarray],
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[bytes], bytes],
+    reason: str,
+    download: bool,
 ) -> None:
     data.load("fashion-mnist", tmp_path, train=True, download=True)
-    images = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
-    images.write_bytes(images.read_bytes()[:length])
-    with pytest.raises(FileNotFoundError, match=rf"not whole.*{images.parent}\).*--download"):
-        data.load("fashion-mnist", tmp_path, train=True)
-    with pytest.raises(FileNotFoundError, match=rf"{images.parent} .*take away what is there"):
+    path = tmp_path / "FashionMNIST" / "raw" / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"^{path} is damaged \({reason}.*: take it away.*--download"):
+        data.load("fashion-mnist", tmp_path, train=True, download=download)
+    path.unlink()
+    assert len(data.load("fashion-mnist", tmp_path, train=True, download=True).images) == 5  # as the message says
+
+
+def test_a_file_of_fashion_mnist_that_came_cut_short_is_not_unpacked_but_named(
+    fashion: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And fetched anew, which fails here."""
+    path = tmp_path / "FashionMNIST" / "raw" / f"{IMAGES}.gz"
+    whole = path.read_bytes()
+    monkeypatch.setattr(FashionMNIST, "mirrors", [f"{(tmp_path / 'nowhere').as_uri()}/"])
+    path.write_bytes(whole[:-20])
+    with pytest.raises(FileNotFoundError, match=rf"into {path.parent} \(.*{path.name}.*take away what is there"):
         data.load("fashion-mnist", tmp_path, train=True, download=True)
+    path.write_bytes(whole)
+    assert len(data.load("fashion-mnist", tmp_path, train=True, download=True).images) == 5
 
 
 @pytest.fixture
@@ -135,19 +178,34 @@ def test_cifar10_is_unpacked_and_read(cifar: np.ndarray, tmp_path: Path) -> None
     assert train.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
     assert (test.labels.tolist(), test.num_classes) == ([5, 4], 10)
     assert train.images.is_contiguous()
-    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(
-        b"another"
-    )  # never unpickled: its digest is another
-    with pytest.raises(FileNotFoundError, match="not whole"):
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+def test_a_damaged_file_of_cifar10_is_named_and_never_unpickled(cifar: np.ndarray, tmp_path: Path, name: str) -> None:
+    data.load("cifar10", tmp_path, train=True, download=True)
+    path = tmp_path / "cifar-10-batches-py" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        ValueError, match=rf"^{path} is damaged \(its MD5 is another\): take its folder away.*--download"
+    ):
         data.load("cifar10", tmp_path, train=True)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{path} is missing.*--download"):
+        data.load("cifar10", tmp_path, train=True)
+    shutil.rmtree(path.parent)
+    assert len(data.load("cifar10", tmp_path, train=True, download=True).images) == 10
 
 
 @pytest.mark.parametrize(
-    ("name", "folder"),
-    [("mnist", "MNIST/raw"), ("fashion-mnist", "FashionMNIST/raw"), ("cifar10", "cifar-10-batches-py")],
+    ("name", "file"),
+    [
+        ("mnist", f"MNIST/raw/{IMAGES}"),
+        ("fashion-mnist", f"FashionMNIST/raw/{IMAGES}"),
+        ("cifar10", "cifar-10-batches-py/data_batch_1"),
+    ],
 )
-def test_a_data_set_that_is_missing_says_where_its_files_belong(tmp_path: Path, name: str, folder: str) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path / folder}\).*--data-root.*--download"):
+def test_a_data_set_that_is_missing_says_where_its_files_belong(tmp_path: Path, name: str, file: str) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path / file} is missing.*--data-root.*--download"):
         data.load(name, tmp_path, train=True)
 
 

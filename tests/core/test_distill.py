@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +39,7 @@ from ddpm_core.plans import SamplingPlan
 from ddpm_core.recipe import Recipe
 from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.trajectories import Chains, TrajectoryLoss
+from tests.core import disk
 from tests.networks import eight
 
 CPU = torch.device("cpu")
@@ -302,6 +306,57 @@ def test_a_run_that_was_killed_ends_in_the_same_bytes(teacher: Path, finished: P
     again = ["--resume", "--device", "cpu", "--out", str(out)] if (out / "state.safetensors").exists() else None
     assert distill.main(again or arguments(teacher, out, "--steps", "100")) == 0
     assert (out / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+
+
+def test_a_disk_that_is_full_ends_it_in_one_line_and_it_goes_on_to_the_same_bytes(
+    teacher: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "full"
+    line = disk.run_until_it_is_full("ddpm_core.distill", arguments(teacher, out, "--steps", "100"), out)
+    assert re.fullmatch(
+        rf"error: {out / 'state.safetensors'} cannot be written: File too large; the checkpoint of step \d+ is whole; "
+        rf"free space, then go on with: python -m ddpm_core\.distill --out {out} --resume",
+        line,
+    )
+    assert distill.main(["--resume", "--device", "cpu", "--out", str(out)]) == 0
+    assert (out / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+
+
+def test_a_disk_that_is_full_of_chains_says_that_the_same_command_goes_on(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace, out = Path.replace, tmp_path / "full"
+
+    def fail(temporary: Path, target: Path) -> Path:
+        if target.name == "00000256.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(temporary, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        assert distill.main(arguments(teacher, out, "--steps", "1")) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"error: {out / 'chains' / '00000256.safetensors'} cannot be written: No space left on device; "
+        "there is no checkpoint yet; free space, then give the same command again"
+    )
+    assert [p.name for p in (out / "chains").iterdir()] == ["00000000.safetensors"]
+    assert distill.main(arguments(teacher, out, "--steps", "1")) == 0
+
+
+def test_a_training_that_diverges_says_that_it_has_to_begin_anew(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A student is where no training starts: of --init it says nothing."""
+    out, loss = tmp_path / "run", TrajectoryLoss.__call__
+    monkeypatch.setattr(TrajectoryLoss, "__call__", lambda *args: loss(*args) * (math.nan if args[2] > 2 else 1))
+    assert distill.main(arguments(teacher, out, "--steps", "60", "--save-every", "0.001s")) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line == (
+        "error: the loss or its gradient was not finite in 20 steps on end, up to step 23; the checkpoint of step 3 is "
+        "whole; --resume would come to the same: begin another run with a lower --lr or a longer --warmup-steps in "
+        "another --out"
+    )
 
 
 @pytest.mark.parametrize(

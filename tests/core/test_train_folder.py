@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import ddpm_core
 from ddpm_core import classifier, data_arguments, evaluate, sweep, train
 from ddpm_core.checkpoint import WEIGHTS_NAME, load_model
 from tests.pictures import draw, write_folder
@@ -30,6 +35,13 @@ WEIGHTS = Path("model/unet") / WEIGHTS_NAME
 
 def arguments(pictures: Path, out: Path, *more: str) -> list[str]:
     return [*COMMON, "--data-root", str(pictures), "--out", str(out), *more]
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
 
 
 def test_data_options_and_augmentation_are_recorded_and_resumed(
@@ -70,10 +82,6 @@ def test_a_folder_without_classes_makes_an_unconditional_model(tmp_path: Path) -
     assert json.loads((tmp_path / "run" / "run.json").read_text())["unet"]["num_class_embeds"] is None
 
 
-def damage(pictures: Path) -> None:
-    (pictures / "discs" / "disc01.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-
-
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -83,23 +91,60 @@ def damage(pictures: Path) -> None:
         ),
         (["--image-size", "0"], "image size 0 must be 1 pixel or more"),
         (["--shift", "16"], "shift=16 must be less than the images' 16 x 16 pixels"),
-        (["--data-root", "nowhere"], "nowhere is no folder"),
-        (["damaged"], "disc01.png cannot be read as an image"),
+        (["--data-root", "nowhere"], "nowhere is no folder: name the one that holds your images with --data-root"),
     ],
 )
 def test_what_cannot_be_trained_on_is_one_line_and_exit_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], reason: str
 ) -> None:
     pictures = write_folder(tmp_path / "pictures", count=2)
-    if options == ["damaged"]:
-        damage(pictures)
-        options = []
     assert train.main(arguments(pictures, tmp_path / "run", "--steps", "1", *options)) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert reason in message
-    assert message.count("\n") == 1
+    assert reason in one_line(capsys)
     assert not (tmp_path / "run").exists()
+
+
+IMAGE = Path("discs/disc01.png")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda root: (root / IMAGE).write_bytes(b"\x89PNG\r\n\x1a\n"), f"{IMAGE} cannot be read as an image"),
+        (lambda root: (root / IMAGE).write_bytes(b""), f"{IMAGE} cannot be read as an image"),
+        (lambda root: (root / IMAGE).write_text("a text"), f"{IMAGE} cannot be read as an image"),
+        (lambda root: cut(root / IMAGE), f"{IMAGE} cannot be read as an image"),
+        (lambda root: (root / IMAGE).rename(root / "disc.png"), "holds images (disc.png) beside folders"),
+        (lambda root: [path.unlink() for path in root.glob("discs/*")], "no image in {root}/discs; its name ends in"),
+        (lambda root: [shutil.rmtree(path) for path in root.iterdir()], "no image in {root}; its name ends in one of"),
+        (shutil.rmtree, "{root} is no folder"),
+        (lambda root: root.rename(root.with_name("file")) and root.write_bytes(b""), "{root} is no folder"),
+    ],
+    ids=["header", "empty_file", "text", "cut", "astray", "empty_class", "empty_folder", "no_folder", "file"],
+)
+def test_a_folder_that_is_damaged_names_what_is_wrong_in_one_line_and_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], reason: str
+) -> None:
+    pictures = write_folder(tmp_path / "pictures", count=2)
+    damage(pictures)
+    assert train.main(arguments(pictures, tmp_path / "run", "--steps", "1")) == 2
+    assert reason.format(root=pictures) in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_process_itself_says_one_line_of_a_damaged_image_and_exits_2(tmp_path: Path) -> None:
+    pictures = write_folder(tmp_path / "pictures", count=2)
+    cut(pictures / IMAGE)
+    process = subprocess.run(
+        [sys.executable, "-m", "ddpm_core.train", *arguments(pictures, tmp_path / "run", "--steps", "1")],
+        cwd=Path(ddpm_core.__file__).parent.parent, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith(f"error: {pictures / IMAGE} cannot be read as an image (")
+    assert process.stderr.count("\n") == 1
 
 
 def test_a_classifier_learns_from_a_folder_and_refuses_one_without_classes(

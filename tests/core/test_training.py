@@ -18,7 +18,7 @@ from ddpm_core.diffusion import Prediction
 from ddpm_core.losses import DenoisingLoss
 from ddpm_core.recipe import Recipe
 from ddpm_core.scheduler_config import SchedulerConfig
-from ddpm_core.training import Ema, Trainer, TrainingDiverged
+from ddpm_core.training import Ema, Objective, Predict, Trainer, TrainingDiverged
 from ddpm_core.unet import UNet
 from tests.networks import DIGITS
 
@@ -424,8 +424,9 @@ def test_20_bad_steps_on_end_raise() -> None:
     trainer = trainer_of(Scripted(dict.fromkeys(range(2, 100), math.nan)), Recipe(steps=100, batch_size=8))
     stats = trainer.train()
     next(stats), next(stats)
-    with pytest.raises(TrainingDiverged, match="no finite gradient in 20 steps up to step 22"):
+    with pytest.raises(TrainingDiverged, match="was not finite in 20 steps on end, up to step 22"):
         next(stats)
+    assert (trainer.step, trainer.skipped) == (22, 20)
     assert bool(trainer.state_tensors()["net.value"].isfinite())
 
 
@@ -433,6 +434,68 @@ def test_19_bad_steps_and_a_good_one_go_on() -> None:
     bad = {k: math.nan for k in range(60) if k % 20 != 19}
     trainer = trainer_of(Scripted(bad), Recipe(steps=60, batch_size=8))
     assert [s.step for s in trainer.train()] == [20, 40, 60]
+    assert trainer.skipped == 57
+
+
+class Spoiled:
+    """An objective that makes one number of one tensor's gradient NaN or infinite at some steps; its loss stays."""
+
+    def __init__(self, objective: Objective, net: nn.Module, bad: dict[int, tuple[str, float]]) -> None:
+        self.objective, self.parameters, self.bad = objective, dict(net.named_parameters()), bad
+
+    def __call__(self, predict: Predict, step: int) -> Tensor:
+        if step in self.bad:
+            name, value = self.bad[step]
+
+            def spoil(gradient: Tensor) -> Tensor:
+                hook.remove()
+                return gradient.index_put([torch.zeros((), dtype=torch.long)] * gradient.ndim, torch.tensor(value))
+
+            hook = self.parameters[name].register_hook(spoil)
+        return self.objective(predict, step)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_training_with_bad_steps_is_the_one_without_them(optimizer: optimizers.Name) -> None:
+    """Steps 3 and 4 of 6 spoil one number of a gradient, of a matrix and of a bias: before and after them every tensor
+    of a U-Net's weights, average and moments is the same, and what comes later is as if the two had never been tried.
+    """
+    recipe = Recipe(steps=6, batch_size=8, lr=1e-3, warmup_steps=0, optimizer=optimizer)
+    bad = {2: ("mid_block.resnets.0.conv1.weight", math.nan), 3: ("conv_in.bias", math.inf)}
+
+    def fresh() -> Trainer:
+        return trainer_of(tiny_unet(0), recipe, digits(100), "v_prediction", null_label=10)
+
+    def copy(trainer: Trainer) -> dict[str, Tensor]:
+        return {k: v.clone() for k, v in trainer.state_tensors().items()}
+
+    trainer = fresh()
+    trainer.objective = Spoiled(trainer.objective, trainer.net, bad)
+    states = {stats.step: copy(trainer) for stats in trainer.train()}
+    assert (list(states), trainer.step, trainer.skipped) == ([1, 2, 5, 6], 6, 2)
+
+    without = fresh()
+    for without.step in (0, 1, 4, 5):
+        if without.step == 4:  # where the two bad steps were, the state of step 2
+            assert all(torch.equal(v, states[2][k]) for k, v in without.state_tensors().items())
+        assert without.train_step() is not None
+    wanted = without.state_tensors()
+    assert wanted.keys() == states[6].keys()
+    assert {key.split(".")[0] for key in wanted} == {"net", "ema", "optimizer"}
+    assert all(torch.equal(v, states[6][k]) and bool(v.isfinite().all()) for k, v in wanted.items())
+
+
+def test_a_spoiled_gradient_is_spoiled_once_and_its_loss_is_not() -> None:
+    """Otherwise the test above would show less."""
+    trainer = trainer_of(tiny_unet(0), Recipe(steps=1, batch_size=8), digits(100), null_label=10)
+    objective = Spoiled(trainer.objective, trainer.net, {0: ("conv_in.bias", math.nan)})
+    for step, wanted in ((0, ["conv_in.bias"]), (1, [])):
+        trainer.net.zero_grad()
+        loss = objective(trainer.predict, step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert math.isfinite(float(loss.detach()))
+        gradients = {k: p.grad for k, p in trainer.net.named_parameters() if p.grad is not None}
+        assert [k for k, gradient in gradients.items() if not gradient.isfinite().all()] == wanted
 
 
 # Refusals
