@@ -6,7 +6,10 @@ torch runs it anywhere; on a CPU ONNX Runtime runs it about twice as fast, from 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before its import: it would report to its makers, unasked
 
 import numpy as np
 import onnxruntime

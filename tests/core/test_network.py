@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -180,3 +183,15 @@ def test_padding_changes_sizes_and_nothing_else(multiple: int) -> None:
             out = Padded(network, multiple)(x, t, torch.arange(rows) if labelled else None)
             assert torch.equal(out, x * 2)
     assert all(size % multiple == 0 for size in sizes)
+
+
+def test_nothing_is_reported_to_anybody(model_dir: Path, tmp_path: Path) -> None:
+    """ONNX Runtime keeps an id of the machine and what it will send in the user's home, unless it is told not to."""
+    run = (
+        "import sys, torch; from pathlib import Path; from ddpm_core.checkpoint import load_model;"
+        "load_model(Path(sys.argv[1])).network(torch.device('cpu'))"
+    )
+    env = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", run, str(model_dir)], env=env, check=True, timeout=120)
+    assert list(tmp_path.rglob("*")) == []
