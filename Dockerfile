@@ -2,14 +2,15 @@
 #     docker run --rm -p 8000:8000 ddpm-service
 FROM python:3.12.12-slim-bookworm AS build
 RUN pip install --no-cache-dir uv==0.13.9
-ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
-RUN python -m venv /venv
+# Hash-based bytecode: it stays valid when a copy between stages or an export changes the files' times.
+ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 PYC_INVALIDATION_MODE=UNCHECKED_HASH
+RUN python -m venv --without-pip /venv
 COPY requirements.lock /tmp/
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --python /venv/bin/python --require-hashes -r /tmp/requirements.lock
 
 FROM python:3.12.12-slim-bookworm
-RUN useradd --system --uid 10001 --no-create-home ddpm
+RUN useradd --uid 10001 --no-create-home ddpm
 COPY --from=build /venv /venv
 WORKDIR /srv
 COPY ddpm_core ddpm_core

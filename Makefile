@@ -6,7 +6,7 @@ BIN := .venv/bin
 # uv installs from the registry alone: a stray wheel in a find-links folder cannot give a torch without its torchvision.
 UV := env -u PIP_FIND_LINKS -u VIRTUAL_ENV $(BIN)/uv pip
 
-.PHONY: serve test check test-slow card lock image clean
+.PHONY: serve test check test-slow fuzz soak card lock audit sbom image clean
 
 serve: .venv/service
 	DDPM_PORT=$(PORT) $(BIN)/python -m app
@@ -22,6 +22,12 @@ check: .venv/test
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow
 
+fuzz: .venv/test
+	$(BIN)/python -m tests.service.fuzz --examples 800
+
+soak: .venv/service
+	$(BIN)/python benchmarks/soak.py --seconds 1200
+
 # The model cards of the shipped weights: DATA_ROOT is the folder that holds MNIST/raw.
 DATA_ROOT ?= data
 card: .venv/service
@@ -32,7 +38,15 @@ lock: $(BIN)/uv
 	$(UV) compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 		--upgrade --extra train pyproject.toml -o requirements.lock
 	$(UV) compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-		--upgrade --extra train --extra test -c requirements.lock pyproject.toml -o requirements-test.lock
+		--upgrade --extra train --extra test --extra audit -c requirements.lock pyproject.toml -o requirements-test.lock
+
+# Known weaknesses of what is locked; what cannot be looked up is a failure too.
+audit: .venv/test
+	$(BIN)/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r requirements.lock
+
+sbom: .venv/test
+	mkdir -p dist
+	$(BIN)/cyclonedx-py requirements requirements.lock --output-reproducible --of JSON -o dist/sbom.json
 
 image:
 	docker build -t ddpm-service .

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import resource
 import sys
 import time
 from types import FrameType
@@ -12,10 +14,14 @@ import uvicorn
 from pydantic import ValidationError
 
 from app import logs
+from app.connections import bounded
 from app.engine.engine import Engine
 from app.main import LAST_WORDS_S, ONE_PROCESS, create_app
 from app.settings import Settings
 
+log = logging.getLogger("app")
+
+OTHER_FILES = 512  # than connections: weights, libraries, those that wait to be closed
 SECOND_SIGNAL_S = 1.0  # signals closer than this are one: shells and supervisors send some twice
 
 
@@ -47,6 +53,16 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def _allow_files(count: int) -> None:
+    """Raises the process's own limit of open files, which connections are, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < count:
+        log.warning("open files are limited to %d: DDPM_MAX_CONNECTIONS cannot all be used", wanted)
+
+
 def main() -> int:
     try:
         settings = Settings()
@@ -57,10 +73,14 @@ def main() -> int:
         return 2
     app = create_app(settings)
     engine: Engine = app.state.engine
-    config = uvicorn.Config(app, host=settings.host, port=settings.port, log_config=logs.CONFIG)
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, log_config=logs.CONFIG, http=bounded(settings, engine.metrics),
+        ws="none", server_header=False, h11_max_incomplete_event_size=settings.max_header_bytes,
+    )  # fmt: skip
     if config.workers > 1:
         print(f"error: WEB_CONCURRENCY={config.workers}: {ONE_PROCESS}", file=sys.stderr)
         return 2
+    _allow_files(settings.max_connections + OTHER_FILES)
     server = Server(config, engine, settings.drain_s)
 
     def on_failure(error: BaseException) -> None:

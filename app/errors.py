@@ -2,10 +2,13 @@
 
 Problem              status   when
   Invalid            422      a field or an image cannot be used; errors[] says which and why
+  Unauthorized       401      no API key, or one that is not known
   NotAcceptable      406      no offered media type fits Accept
+  TooSlow            408      the body took too long to arrive
   TooLarge           413      more bytes than the limit, counted on the wire
   UnsupportedMedia   415      a body of another media type
   QueueFull          429      more images asked for than the queue takes now; Retry-After
+  UploadsFull        429      more uploads at once than are taken; Retry-After
   Unavailable        503      starting, draining or failed; Retry-After
   InFlight           409      this X-Request-Id is being served
   NotFound           404      no such model, request or path
@@ -28,7 +31,10 @@ from starlette.requests import ClientDisconnect
 
 log = logging.getLogger("app")
 
+MEDIA_TYPE = "application/problem+json"
+HEAD_TOO_LARGE = "head-too-large"  # 431
 MAX_ERRORS = 16  # in one answer
+MAX_NAME = 64  # characters of a client's own name for a field
 
 
 class Problem(Exception):
@@ -55,12 +61,22 @@ class Invalid(Problem):
     @classmethod
     def fields(cls, errors: list[dict[str, Any]]) -> Invalid:
         """Wrong fields, each {"field", "detail"}; the first MAX_ERRORS of them are named."""
-        named = errors[:MAX_ERRORS]
+        named = [
+            {"field": _readable(e["field"], MAX_NAME), "detail": _readable(e["detail"])} for e in errors[:MAX_ERRORS]
+        ]
         return cls("; ".join(f"{e['field']}: {e['detail']}" for e in named), errors=named)
+
+
+class Unauthorized(Problem):
+    status, slug = 401, "unauthorized"
 
 
 class NotAcceptable(Problem):
     status, slug = 406, "not-acceptable"
+
+
+class TooSlow(Problem):
+    status, slug = 408, "too-slow"
 
 
 class TooLarge(Problem):
@@ -87,6 +103,10 @@ class QueueFull(Problem):
     status, slug = 429, "queue-full"
 
 
+class UploadsFull(Problem):
+    status, slug = 429, "uploads-full"
+
+
 class DeadlineTooSoon(Problem):
     status, slug = 429, "deadline-too-soon"
 
@@ -99,13 +119,19 @@ class Unavailable(Problem):
     status, slug = 503, "unavailable"
 
 
+def _readable(text: str, most: int = 2000) -> str:
+    """Text that an answer can hold: not endless, and no lone surrogates, which UTF-8 has no bytes for."""
+    short = text if len(text) <= most else f"{text[:most]}..."
+    return short.encode("utf-8", "replace").decode()
+
+
 def body(request_id: str, status: int, slug: str, detail: str, errors: list[dict[str, Any]] | None) -> dict[str, Any]:
     """A problem as JSON."""
     return {
         "type": f"urn:ddpm:problem:{slug}",
         "title": http.HTTPStatus(status).phrase,
         "status": status,
-        "detail": detail,
+        "detail": _readable(detail),
         "instance": f"/requests/{request_id}",
         **({} if errors is None else {"errors": errors}),
     }
@@ -126,7 +152,7 @@ def to_response(
         body(request_id, status, slug, detail, errors),
         status,
         {"X-Request-Id": request_id, **(headers or {})},
-        media_type="application/problem+json",
+        media_type=MEDIA_TYPE,
     )
 
 
@@ -137,17 +163,23 @@ async def _on_problem(request: Request, error: Exception) -> JSONResponse:
     )  # fmt: skip
 
 
+def _hint(request: Request) -> str:
+    return "; GET /docs lists what there is" if request.app.openapi_url else ""
+
+
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     """What the framework itself refuses: an unknown path, a method that a path does not have."""
     assert isinstance(error, HTTPException)
     slug = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
-    detail = f"{request.method} {request.url.path}: {error.detail}; GET /docs lists what there is"
+    detail = f"{request.method} {request.scope['path']}: {error.detail}{_hint(request)}"
     return to_response(request, error.status_code, slug, detail, headers=error.headers)
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
     request_id = request.scope.get("state", {}).get("request_id", "")
-    log.error("request %s: unexpected error in %s %s", request_id, request.method, request.url.path, exc_info=error)
+    log.error(
+        "request %s: unexpected error in %s %s", request_id, request.method, request.scope["path"], exc_info=error
+    )
     return to_response(request, 500, "internal-error", "an unexpected error; the server's log has it by request id")
 
 

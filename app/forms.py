@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from fastapi import Request
@@ -13,13 +14,14 @@ from app.http import read_form
 from app.schemas import Body, parse_fields
 
 
-async def read_upload(request: Request, schema: type[Body]) -> tuple[bytes, Body]:
-    """The file `image` of a multipart form, and its other fields.
+async def read_upload(request: Request, schema: type[Body], held: ExitStack) -> tuple[bytes, Body]:
+    """The file `image` of a multipart form, and its other fields. They count as held until `held` is closed.
 
     Raises:
-        UnsupportedMedia, TooLarge, Invalid.
+        UnsupportedMedia, TooLarge, TooSlow, UploadsFull, Invalid.
     """
-    form = await read_form(request, request.app.state.settings.max_body_bytes)
+    hold = request.app.state.uploads.bytes.share(held)
+    form = await read_form(request, request.app.state.settings.max_body_bytes, hold)
     try:
         upload = _image(form)
         return await upload.read(), parse_fields({k: v for k, v in form.items() if k != "image"}, schema)
@@ -41,10 +43,22 @@ def _image(form: FormData) -> UploadFile:
     return upload
 
 
+LABEL = {"type": "string", "pattern": r"^(\d{1,4}|null)(,(\d{1,4}|null))*$", "examples": ["7", "4,null,2"]}
+
+
+def _without_null(field: dict[str, Any]) -> dict[str, Any]:
+    given = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
+    rest = {name: value for name, value in field.items() if name not in ("anyOf", "default")}
+    return {**rest, **given[0]} if len(given) == 1 else field
+
+
 def form_schema(schema: type[BaseModel]) -> dict[str, Any]:
-    """The request body of such a form, for OpenAPI."""
+    """The request body of such a form, for OpenAPI. It is text: a field is left out where JSON has null."""
     form = schema.model_json_schema()
     image = {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP, GIF or BMP."}
-    form["properties"] = {"image": image, **form["properties"]}
+    fields = {name: _without_null(field) for name, field in form["properties"].items()}
+    if "label" in fields:
+        fields["label"] = {**LABEL, "description": fields["label"]["description"]}
+    form["properties"] = {"image": image, **fields}
     form["required"] = ["image", *form.get("required", [])]
     return {"required": True, "content": {"multipart/form-data": {"schema": form}}}

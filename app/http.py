@@ -1,16 +1,18 @@
-"""What every route needs of HTTP: request ids, bodies counted on the wire, the choice of a media type."""
+"""What every route needs of HTTP: request ids and headers, bodies counted on the wire, the choice of a media type."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import sys
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import mimeparse
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, Headers, MutableHeaders
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -20,10 +22,21 @@ from app import errors
 from app.logs import request_id_of_log
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
+PIECE_BYTES = 2**18  # of an answer, handed over when the client has read those before it
+SECURITY_HEADERS = {  # nothing that is sent here is a page, but for /docs, which says so itself
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
 
 
-class RequestId:
-    """ASGI middleware: X-Request-Id is the client's or a new one; it stands in every response and in request.state."""
+class Outermost:
+    """ASGI middleware around everything: a request's id, the headers of every response, and the end of what it held.
+
+    X-Request-Id is the client's or a new one; it stands in every response, in the log and in request.state.
+    `request.state.held` is an ExitStack, closed when the answer has been sent or nobody waits for it any more.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -35,21 +48,40 @@ class RequestId:
         given = Headers(scope=scope).get("x-request-id")
         valid = given is not None and REQUEST_ID.fullmatch(given) is not None
         request_id = given if given is not None and valid else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         request_id_of_log.set(request_id)
 
-        async def send_with_id(message: Message) -> None:
+        async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            elif message["type"] == "http.response.body" and len(message.get("body", b"")) > PIECE_BYTES:
+                body = memoryview(message["body"])
+                while len(body) > PIECE_BYTES:
+                    await send({"type": "http.response.body", "body": bytes(body[:PIECE_BYTES]), "more_body": True})
+                    body = body[PIECE_BYTES:]
+                message = {**message, "body": bytes(body)}
             await send(message)
 
-        if given is not None and not valid:
-            response = errors.to_response(
-                Request(scope), 422, "invalid", "X-Request-Id must be 1 to 64 characters of A-Z a-z 0-9 . _ -"
-            )
-            await response(scope, receive, send_with_id)
-        else:
-            await self.app(scope, receive, send_with_id)
+        with contextlib.ExitStack() as held:
+            state["held"] = held
+            app: ASGIApp = self.app
+            most: int = scope["app"].state.settings.max_header_bytes
+            if given is not None and not valid:
+                app = errors.to_response(
+                    Request(scope), 422, "invalid", "X-Request-Id must be 1 to 64 characters of A-Z a-z 0-9 . _ -"
+                )
+            elif _head_bytes(scope) > most:  # h11 counts a head only as long as it is not whole
+                detail = f"the head of the request is over the limit of {most:,} bytes"
+                app = errors.to_response(Request(scope), 431, errors.HEAD_TOO_LARGE, detail)
+            await app(scope, receive, send_on)
+
+
+def _head_bytes(scope: Scope) -> int:
+    return len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(n) + len(v) for n, v in scope["headers"])
 
 
 T = TypeVar("T")
@@ -91,23 +123,44 @@ def negotiate(request: Request, offered: Sequence[str]) -> str:
         best = ""
     if not best:
         raise errors.NotAcceptable(
-            f"Accept asks for what {request.url.path} does not send; it sends {', '.join(offered)}"
+            f"Accept asks for what {request.scope['path']} does not send; it sends {', '.join(offered)}"
         )
     return best
 
 
-async def _read(request: Request, limit: int) -> bytes:
-    """The body; too many bytes end it on the wire, whatever Content-Length said."""
+async def _body(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
+    """The body as it comes; too many bytes end it on the wire, whatever Content-Length said.
+
+    Raises:
+        TooLarge, TooSlow.
+    """
     too_large = errors.TooLarge(f"the body is over the limit of {limit:,} bytes")
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
         raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
+    seconds: float = request.app.state.settings.request_s
+    until, count = asyncio.get_running_loop().time() + seconds, 0
+    chunks = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout_at(until):
+                chunk = await anext(chunks, None)
+        except TimeoutError:
+            raise errors.TooSlow(
+                f"the body did not arrive within {seconds:g} seconds: send a smaller one",
+                headers={"Connection": "close"},
+            ) from None
+        if chunk is None:
+            return
+        count += len(chunk)
+        if count > limit:
             raise too_large
-    return bytes(body)
+        yield chunk
+
+
+def _url(request: Request) -> str:
+    """For a hint: not request.url, which a strange Host header breaks."""
+    return f"http://{request.headers.get('host', 'localhost')}{request.scope['path']}"
 
 
 def _media_type(request: Request) -> str:
@@ -123,36 +176,51 @@ async def read_json(request: Request, limit: int) -> bytes:
     media_type = _media_type(request)
     if media_type not in ("", "application/json"):
         hint = (
-            f"curl -H 'Content-Type: application/json' -d '{{\"label\": 7}}' -o seven.png {request.url}"
+            f"curl -H 'Content-Type: application/json' -d '{{\"label\": 7}}' -o seven.png {_url(request)}"
             if media_type == "application/x-www-form-urlencoded"
             else "set Content-Type: application/json"
         )
         raise errors.UnsupportedMedia(f"the body must be application/json, not {media_type}: {hint}")
-    return await _read(request, limit)
+    return b"".join([chunk async for chunk in _body(request, limit)])
 
 
 class _InMemoryParser(MultiPartParser):
     spool_max_size = sys.maxsize  # the body is bounded already, and the disk may be read-only
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
 
 
-async def read_form(request: Request, limit: int) -> FormData:
+async def read_form(request: Request, limit: int, hold: Callable[[int], None]) -> FormData:
     """A multipart form, held in memory; the caller closes it.
 
+    Args:
+        request: whose body is read.
+        limit: of its bytes.
+        hold: told of all bytes before they are kept; what it raises ends the reading.
+
     Raises:
-        UnsupportedMedia, TooLarge, Invalid.
+        UnsupportedMedia, TooLarge, TooSlow, Invalid.
     """
     if _media_type(request) != "multipart/form-data":
         raise errors.UnsupportedMedia(
-            f"the body must be multipart/form-data: curl -F image=@digit.png -F t=200 -o noisy.png {request.url}"
+            f"the body must be multipart/form-data: curl -F image=@digit.png -F t=200 -o noisy.png {_url(request)}"
         )
-    body = await _read(request, limit)
+
+    _, options = parse_options_header(request.headers["content-type"])
+    if options.get(b"charset", b"utf-8").lower() not in CHARSETS:  # Python has some that raise, and some that expand
+        raise errors.Invalid.field("body", "the form must be UTF-8, without another charset in its Content-Type")
 
     async def stream() -> AsyncGenerator[bytes, None]:
-        yield body
+        async for chunk in _body(request, limit):
+            hold(len(chunk))
+            yield chunk
+        if not parser.ended:
+            raise MultiPartException("it ends before its last boundary.")
 
     parser = _InMemoryParser(request.headers, stream(), max_files=4, max_fields=16)
     try:
         return await parser.parse()
-    except (MultiPartException, UnicodeError, LookupError) as error:  # the latter two: of a strange charset
-        reason = error.message if isinstance(error, MultiPartException) else "send it as UTF-8"
-        raise errors.Invalid.field("body", f"the form cannot be read: {reason}") from None
+    except MultiPartException as error:
+        raise errors.Invalid.field("body", f"the form cannot be read: {error.message}") from None

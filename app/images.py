@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -16,6 +17,8 @@ Image.preinit()  # the plugins, which the first client would wait for
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # here: catch_warnings is not thread-safe
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+START_OF_SCAN = b"\xff\xda"
+MAX_SCANS = 100  # of a progressive JPEG: each is a pass over all pixels and may have twenty bytes; encoders make ten
 
 
 class BadImage(ValueError):
@@ -57,33 +60,53 @@ def grid(images: Sequence[Pixels], columns: int, *, pad: int = 2) -> Pixels:
     return canvas
 
 
-def decode(content: bytes, *, max_pixels: int, fit: tuple[int, int, int] | None) -> Pixels:
-    """An uploaded file -> pixels: EXIF rotation applied, first frame, alpha dropped, palette to RGB, 16 to 8 bit.
+class Upload:
+    """An uploaded image file, its header read and nothing decoded.
 
     Args:
         content: the file. Its format is read from its bytes, never from its name.
-        max_pixels: refused above this, from the header, before anything is decoded.
-        fit: the (C, H, W) to convert and resize to; None keeps the image's own size and colours.
+        max_pixels: refused above this.
 
     Raises:
-        BadImage: no image of a supported format, or damaged. TooManyPixels: too large.
+        BadImage: no image of a supported format. TooManyPixels: too large.
     """
+
+    def __init__(self, content: bytes, max_pixels: int) -> None:
+        with _damage_told():
+            self._file = Image.open(io.BytesIO(content), formats=FORMATS)
+        width, height = self._file.size
+        self.pixels = width * height
+        if self.pixels > max_pixels:
+            raise TooManyPixels(f"{width} x {height} pixels are over the limit of {max_pixels:,}: send a smaller image")
+        if self._file.format == "JPEG" and (scans := content.count(START_OF_SCAN)) > MAX_SCANS:
+            raise BadImage(f"{scans} scans are over the limit of {MAX_SCANS}: save the image as a baseline JPEG")
+
+    def decode(self, fit: tuple[int, int, int] | None) -> Pixels:
+        """The pixels: EXIF rotation applied, first frame, alpha dropped, palette to RGB, 16 to 8 bit.
+
+        Args:
+            fit: the (C, H, W) to convert and resize to; None keeps the image's own size and colours.
+
+        Raises:
+            BadImage: damaged.
+        """
+        with _damage_told():
+            picture = upright_8_bit(self._file)
+        if fit is not None:
+            channels, height, width = fit
+            picture = picture.convert("L" if channels == 1 else "RGB")
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        return to_pixels(picture)
+
+
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    """Whatever Pillow finds wrong with a file is a BadImage."""
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as file:
-            if file.width * file.height > max_pixels:
-                raise TooManyPixels(
-                    f"{file.width} x {file.height} pixels are over the limit of {max_pixels:,}: send a smaller image"
-                )
-            picture = upright_8_bit(file)
-    except BadImage:
-        raise
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise TooManyPixels(f"too many pixels; the limit is {max_pixels:,}: send a smaller image") from error
+        raise TooManyPixels(f"over {Image.MAX_IMAGE_PIXELS:,} pixels: send a smaller image") from error
     except UnidentifiedImageError as error:
         raise BadImage(f"not an image of a supported format ({', '.join(FORMATS)})") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise BadImage(f"the image is damaged or truncated and cannot be decoded ({type(error).__name__})") from error
-    if fit is not None:
-        channels, height, width = fit
-        picture = picture.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.LANCZOS)
-    return to_pixels(picture)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware.cors import CORSMiddleware
 
 from app import errors
+from app.access import Access
+from app.engine.admission import Bounds
 from app.engine.engine import Engine
 from app.engine.runner import Runner
-from app.http import RequestId
-from app.routes import denoise, generate, health, image_urls, metrics, noise, requests
+from app.http import Outermost
+from app.routes import denoise, docs, generate, health, image_urls, metrics, noise, requests
+from app.routes.common import PROBLEM
 from app.settings import Settings
+from app.uploads import Uploads
 from ddpm_core import __version__
 
 LAST_WORDS_S = 2  # for answers on their way, and for the worker thread, when everything else has ended
@@ -25,8 +31,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The service as an ASGI application; its lifespan starts the engine and drains it at the end."""
     settings = settings or Settings()
     engine = Engine(
-        lambda: Runner.load(settings.model, settings.device),
-        queue_slots=settings.queue_slots, exact=settings.exact, batch_rows=settings.batch_rows,
+        lambda: Runner.load(settings.model, settings.device, settings.model_sha256),
+        bounds=Bounds(settings.queue_slots, settings.key_slots, settings.queue_s),
+        exact=settings.exact, batch_rows=settings.batch_rows,
     )  # fmt: skip
 
     @asynccontextmanager
@@ -43,12 +50,31 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=__version__,
         description="Draws images with a denoising diffusion probabilistic model, and noises yours.",
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
+        responses={422: PROBLEM, 500: PROBLEM},
+        openapi_url="/openapi.json" if settings.docs else None,
     )
     app.state.settings, app.state.engine, app.state.sharing = settings, engine, image_urls.Sharing()
-    app.add_middleware(RequestId)
+    app.state.uploads = Uploads(settings, engine.metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=["*"],
+        )  # fmt: skip
+    app.add_middleware(Outermost)
     errors.install(app)
-    for module in (generate, denoise, image_urls, noise, requests, health, metrics):
-        app.include_router(module.router)
-    schema = app.openapi()["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    schema["properties"]["n"]["maximum"] = settings.max_images
+    with_key: dict[str, Any] = (
+        {"dependencies": [Depends(Access(settings.keys))], "responses": {401: PROBLEM}} if settings.keys else {}
+    )
+    for module in (generate, denoise, image_urls, noise, requests):
+        app.include_router(module.router, **with_key)
+    for router in (health.router, metrics.router):
+        app.include_router(router, **(with_key if settings.metrics_key else {}))
+    app.include_router(health.probes)
+    if settings.docs:
+        app.include_router(docs.router)
+        schema = app.openapi()["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        schema["properties"]["n"]["maximum"] = settings.max_images
     return app

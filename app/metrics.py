@@ -9,6 +9,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 WAIT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+REFUSALS = (
+    "queue_full", "queue_long", "key_full", "deadline", "duplicate_id", "not_ready", "uploads_full", "unauthorized",
+    "connections",
+)  # fmt: skip
 RATIO = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4, 10)
 
 
@@ -19,11 +23,20 @@ class Slots(Protocol):
     waiting: int
 
 
+class Limits(Protocol):
+    """What they may have."""
+
+    @property
+    def slots(self) -> int: ...
+
+
 class Watched(Protocol):
     """What of an engine is read when somebody looks."""
 
-    queue_slots: int
     rows_limit: int
+
+    @property
+    def bounds(self) -> Limits: ...
 
     @property
     def scheduler(self) -> Slots: ...
@@ -55,12 +68,12 @@ class Metrics:
         self.ratio = Histogram("ddpm_wait_ratio", "Real over predicted wait.", buckets=RATIO, registry=r)
         for outcome in ("completed", "cancelled", "failed", "deadline"):
             self.requests.labels(outcome)
-        for reason in ("queue_full", "deadline", "duplicate_id", "not_ready"):
+        for reason in REFUSALS:
             self.refused.labels(reason)
 
     def watch(self, engine: Watched) -> None:
         """Reads the gauges from an engine whenever they are asked for."""
-        self.slots_limit.set(engine.queue_slots)
+        self.slots_limit.set(engine.bounds.slots)
         self.slots_running.set_function(lambda: engine.scheduler.running)
         self.slots_waiting.set_function(lambda: engine.scheduler.waiting)
         self.batch_rows_limit.set_function(lambda: engine.rows_limit)

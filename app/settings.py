@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Any
 
 from PIL import Image
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+MIN_KEY = 16  # characters of an API key
 
 
 class Settings(BaseSettings):
@@ -15,11 +18,25 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DDPM_", frozen=True, protected_namespaces=())
 
     model: Path = Field(Path("weights/mnist"), description="Model directory to serve.")
+    model_sha256: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{12,64}$",
+        description="Start only with these weights: their sha256, or its first 12 digits or more.",
+    )
     device: str = Field("auto", description="auto (CUDA where there is one, else the CPU), cpu, cuda, cuda:1, ...")
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
     max_images: int = Field(64, ge=1, le=4096, description="Images one request may ask for.")
     queue_slots: int = Field(1024, ge=1, description="Images that may wait or run before requests get 429.")
+    queue_s: float | None = Field(
+        None,
+        gt=0,
+        le=86_400,
+        description="Seconds of accepted work before requests get 429; unset: no bound but slots.",
+    )
+    key_slots: int | None = Field(
+        None, ge=1, description="Images of one API key that may wait or run; unset: as many as of all."
+    )
     batch_rows: int | None = Field(
         None,
         ge=1,
@@ -35,12 +52,64 @@ class Settings(BaseSettings):
         16_000_000,
         ge=1,
         le=Image.MAX_IMAGE_PIXELS,
-        description="Pixels of an uploaded image, times the number of t if it keeps its size.",
+        description="Pixels of an uploaded image, times the number of t if it keeps its size, and of a drawn answer.",
     )
+    upload_slots: int = Field(
+        64, ge=1, description="Uploaded images that may wait or be worked on before requests get 429."
+    )
+    upload_pixels: int = Field(
+        32_000_000, ge=1, description="Pixels of uploaded images that may be worked on before requests get 429."
+    )
+    upload_bytes: int = Field(
+        128 * 2**20, ge=1024, description="Bytes of uploaded forms held at once before requests get 429."
+    )
+    max_connections: int = Field(2048, ge=1, description="Connections at once; further ones get 503 and are closed.")
+    max_header_bytes: int = Field(16 * 2**10, ge=1024, description="Size of a request's head.")
+    request_s: float = Field(
+        60.0, gt=0, le=86_400, description="Seconds that the head of a request, and then its body, may take to arrive."
+    )
+    stall_s: float = Field(
+        30.0, gt=0, le=86_400, description="Seconds without reading after which a client is taken to have left."
+    )
+    api_keys: SecretStr = Field(
+        SecretStr(""), description="Keys that clients must send, comma-separated; empty: everybody is served."
+    )
+    metrics_key: bool = Field(False, description="Whether /health and /metrics want a key too; probes never do.")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Origins whose pages may call from a browser, comma-separated, or *; empty: none."
+    )
+    docs: bool = Field(True, description="Whether /docs and /openapi.json are there.")
     drain_s: float = Field(60.0, ge=0, le=86_400, description="Seconds that accepted work has to finish after SIGTERM.")
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The API keys."""
+        return tuple(key.strip() for key in self.api_keys.get_secret_value().split(",") if key.strip())
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _origins_of_text(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
     @model_validator(mode="after")
-    def _queue_takes_a_request(self) -> Settings:
-        if self.queue_slots < self.max_images:
-            raise ValueError(f"DDPM_QUEUE_SLOTS={self.queue_slots} must be at least DDPM_MAX_IMAGES={self.max_images}")
+    def _keys_are_keys(self) -> Settings:
+        for i, key in enumerate(self.keys, 1):
+            if len(key) < MIN_KEY or not (key.isascii() and key.isprintable()) or " " in key:
+                raise ValueError(
+                    f"DDPM_API_KEYS: key {i} must be {MIN_KEY} visible ASCII characters or more, without a space: "
+                    "`openssl rand -hex 32` makes one"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_take_a_request(self) -> Settings:
+        for small, large in (
+            ("max_images", "queue_slots"),
+            ("max_images", "key_slots"),
+            ("max_image_pixels", "upload_pixels"),
+            ("max_body_bytes", "upload_bytes"),
+        ):
+            least, value = getattr(self, small), getattr(self, large)
+            if value is not None and value < least:
+                raise ValueError(f"DDPM_{large.upper()}={value} must be at least DDPM_{small.upper()}={least}")
         return self

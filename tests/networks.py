@@ -6,9 +6,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from ddpm_core.checkpoint import Model, load_model, save_model
+from ddpm_core import learned, plans, spacings
+from ddpm_core.checkpoint import Model, load_model, save_model, to_json
 from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -48,6 +50,25 @@ def eight(num_class_embeds: int | None = 11, scheduler: SchedulerConfig = EIGHT_
         if not parameter.any():  # layers that start at zero would hide the label
             parameter.normal_(std=0.2)
     return Model("tiny", "-", net, scheduler, scheduler.schedule())
+
+
+def save_tiny(directory: Path, num_train_timesteps: int = 1000) -> Path:
+    """A model directory of DIGITS with random weights, its graph, and a learned plan of 3 steps."""
+    torch.manual_seed(0)
+    net = UNet(DIGITS)
+    for parameter in net.parameters():  # no layer stays at its zero initialisation
+        torch.nn.init.normal_(parameter, std=0.1)
+    scheduler = SchedulerConfig(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing",
+        num_train_timesteps=num_train_timesteps,
+    )  # fmt: skip
+    save_model(directory, net.state_dict(), DIGITS, scheduler)
+    model = load_model(directory)
+    form = learned.Form(plans.dpmpp_2m, model.schedule, spacings.timesteps(model.schedule, 3, "quadratic"))
+    fitted = learned.to_json({3: form.plan(np.linspace(-0.1, 0.1, form.size))}, model.sha256, {})
+    (directory / learned.PLANS_NAME).write_bytes(to_json(fitted))
+    model.network(torch.device("cpu"), export=True)
+    return directory
 
 
 def call_distilled(directory: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from app.settings import Settings
 from ddpm_core import average, card, distill, evaluate, fit_plans, sweep, train_options
 from ddpm_core.checkpoint import WEIGHTS_NAME, sha256_of
-from tests.service.test_server import server, wait_until_ready
+from tests.service.process import server
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,10 +31,9 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which every curl block ran, in their order: later ones use what earlier ones wrote."""
     folder = tmp_path_factory.mktemp("readme")
     assert len(blocks("bash")) >= 4
-    with server(model=ROOT / "weights" / "mnist") as (_, url):
-        wait_until_ready(url)
+    with server(model=ROOT / "weights" / "mnist") as it:
         for block in blocks("bash"):
-            script = block.replace("http://127.0.0.1:8000", url).replace("curl ", "curl --fail-with-body -sS ")
+            script = block.replace("http://127.0.0.1:8000", it.url).replace("curl ", "curl --fail-with-body -sS ")
             subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, check=True, timeout=300)
     return folder
 

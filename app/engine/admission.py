@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 
 from app.engine.request import DeadlineTooSoon, EngineBusy, GenerateParams
 from app.engine.scheduler import Scheduler
 from app.engine.steptime import StepTime
 
 
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What may be in the engine at once."""
+
+    slots: int  # images
+    flow_slots: int | None = None  # images of one flow; None: as many as of all
+    queue_s: float | None = None  # seconds of accepted work, beyond which nothing more is; None: no such bound
+
+
 def admit(
-    params: GenerateParams, scheduler: Scheduler, step_time: StepTime, rows_limit: int, queue_slots: int
-) -> float:
+    params: GenerateParams, scheduler: Scheduler, step_time: StepTime, rows_limit: int, bounds: Bounds
+) -> float:  # fmt: skip
     """The seconds until the request will have ended.
 
     Raises:
-        EngineBusy: the queue has no room for its images.
+        EngineBusy: there is no room for it.
         DeadlineTooSoon: it would end after its deadline.
     """
-    slots = scheduler.slots
-    if (missing := slots + params.slots - queue_slots) > 0:
-        wait_s = step_time.finish_s(scheduler.work_until_free(missing), 0, rows_limit, rows_limit)
-        raise EngineBusy(slots, queue_slots, max(1, math.ceil(wait_s)))
+    slots, of_flow = scheduler.slots, scheduler.slots_of(params.flow)
+
+    def until_free_s(missing: int) -> float:
+        return step_time.finish_s(scheduler.work_until_free(missing), 0, rows_limit, rows_limit)
+
+    if (missing := slots + params.slots - bounds.slots) > 0:
+        raise EngineBusy(
+            "queue_full",
+            f"{slots} of {bounds.slots} image slots are taken, and this request asks for {params.slots}",
+            until_free_s(missing),
+        )
+    if bounds.flow_slots is not None and (missing := of_flow + params.slots - bounds.flow_slots) > 0:
+        raise EngineBusy(
+            "key_full",
+            f"{of_flow} of {bounds.flow_slots} image slots of this API key are taken, "
+            f"and this request asks for {params.slots}",
+            until_free_s(min(missing, slots)),
+        )
+    queued_s = step_time.finish_s(scheduler.work, 0, scheduler.rows, rows_limit) if slots else 0.0
+    if bounds.queue_s is not None and queued_s > bounds.queue_s:
+        raise EngineBusy(
+            "queue_long",
+            f"{queued_s:.1f} s of work are queued, {bounds.queue_s:g} are allowed",
+            queued_s - bounds.queue_s,
+        )
     needed_s = step_time.finish_s(*scheduler.left_of_new(params.flow, params.images), rows_limit)
     if params.deadline_s is not None and needed_s > params.deadline_s:
         alone = Scheduler().left_of_new(params.flow, params.images)

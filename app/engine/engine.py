@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from app.engine.admission import admit
+from app.engine.admission import Bounds, admit
 from app.engine.job import Job, OnProgress
 from app.engine.request import (
     Cancelled,
@@ -46,7 +46,6 @@ Batch = list[tuple[Job, int, Row]]
 REFUSED: dict[type[EngineError], str] = {
     EngineNotReady: "not_ready",
     DuplicateRequest: "duplicate_id",
-    EngineBusy: "queue_full",
     DeadlineTooSoon: "deadline",
 }
 
@@ -56,7 +55,7 @@ class Engine:
 
     Args:
         make_runner: loads the model; called on the worker thread.
-        queue_slots: images that may wait or run at once.
+        bounds: what may wait or run at once.
         exact: find out and keep what makes an image's bytes its own; False spares the start-up check and any padding.
         batch_rows: the most network rows of a step; None: as many as the measured step time recommends.
         metrics: where to count.
@@ -67,13 +66,13 @@ class Engine:
         self,
         make_runner: Callable[[], Runner],
         *,
-        queue_slots: int,
+        bounds: Bounds,
         exact: bool = True,
         batch_rows: int | None = None,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._make_runner, self.queue_slots, self._exact, self._batch_rows = make_runner, queue_slots, exact, batch_rows
+        self._make_runner, self.bounds, self._exact, self._batch_rows = make_runner, bounds, exact, batch_rows
         self.metrics = metrics or Metrics()
         self._clock = clock
         self._changed = threading.Condition()  # guards all that follows
@@ -95,6 +94,16 @@ class Engine:
     def start(self) -> None:
         """Starts loading; status turns from starting to ok, or to failed."""
         self._thread.start()
+
+    def prepare_plan(self, params: GenerateParams) -> None:
+        """Makes the plan of a request that would be accepted now: of many steps it takes a tenth of a second.
+
+        Raises:
+            As submit().
+        """
+        with self._changed:
+            self._admit(params)
+        self._runner.row(params, 0)
 
     def submit(self, params: GenerateParams, on_progress: OnProgress | None = None) -> Future[Result]:
         """Accepts a request, or says at once why not.
@@ -122,20 +131,20 @@ class Engine:
         try:
             if self.status != "ok":
                 raise EngineNotReady(self.status)
-            if params.request_id in self._jobs:
+            if params.key in self._jobs:
                 raise DuplicateRequest(params.request_id)
-            return admit(params, self.scheduler, self.step_time, self.rows_limit, self.queue_slots)
+            return admit(params, self.scheduler, self.step_time, self.rows_limit, self.bounds)
         except EngineError as error:
-            self.metrics.refused.labels(REFUSED[type(error)]).inc()
+            self.metrics.refused.labels(error.reason if isinstance(error, EngineBusy) else REFUSED[type(error)]).inc()
             raise
 
     def _finish_s(self, row_steps: int, longest: int, rows: int) -> float:
         return self.step_time.finish_s(row_steps, longest, rows, self.rows_limit)
 
-    def cancel(self, request_id: str) -> bool:
-        """Ends a request; its images make no further step. Returns whether there was such a one."""
+    def cancel(self, request_id: str, flow: str = "") -> bool:
+        """Ends a request of a flow; its images make no further step. Returns whether there was such a one."""
         with self._changed:
-            job = self._jobs.get(request_id)
+            job = self._jobs.get(GenerateParams.key_of(flow, request_id))
             if job is not None:
                 self._end(job, "cancelled", Cancelled("the request was cancelled"))
             return job is not None
@@ -247,10 +256,10 @@ class Engine:
     ) -> None:  # fmt: skip
         """Writes down one image's step; an error ends its request."""
         if error is not None:
-            log.error("a step of image %d failed", index, exc_info=error, extra={"request_id": job.id})
+            log.error("a step of image %d failed", index, exc_info=error, extra={"request_id": job.params.request_id})
             self._end(job, "failed", EngineError(f"image {index}: a step failed with {type(error).__name__}"))
         elif x is not None and not np.isfinite(x).all():
-            log.error("image %d is not finite", index, extra={"request_id": job.id})
+            log.error("image %d is not finite", index, extra={"request_id": job.params.request_id})
             self._end(job, "failed", EngineError(f"image {index}: the network returned numbers that are not finite"))
         elif self.scheduler.advance((job.id, index)):
             assert x is not None

@@ -41,7 +41,8 @@ class Job:
 
     @property
     def id(self) -> str:
-        return self.params.request_id
+        """In the engine; clients and logs know it by params.request_id."""
+        return self.params.key
 
     @property
     def deadline(self) -> float:
@@ -76,7 +77,7 @@ class Job:
         try:
             self.on_progress(Progress(news[0], self.params.steps, position, eta_s, tuple(sorted(previews.items()))))
         except Exception:
-            log.exception("progress could not be told", extra={"request_id": self.id})
+            log.exception("progress could not be told", extra={"request_id": self.params.request_id})
             self.on_progress = None
 
     def result(self, now: float) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,11 +15,11 @@ class EngineError(Exception):
 
 
 class EngineBusy(EngineError):
-    """The queue has no room for the request's images now."""
+    """There is no room for the request's images now. `reason` is one of queue_full, queue_long, key_full."""
 
-    def __init__(self, slots: int, limit: int, retry_after_s: int) -> None:
-        super().__init__(f"{slots} of {limit} image slots are taken")
-        self.retry_after_s = retry_after_s
+    def __init__(self, reason: str, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.reason, self.retry_after_s = reason, max(1, math.ceil(retry_after_s))
 
 
 class EngineNotReady(EngineError):
@@ -69,7 +70,16 @@ class GenerateParams:
     start: Start | None = None
     previews: int = 0  # every how many steps of an image its x_0_hat is wanted; 0: never
     deadline_s: float | None = None  # from now
-    flow: str = ""  # whose share of the machine it uses
+    flow: str = ""  # whose share of the machine it uses; no "/"
+
+    @staticmethod
+    def key_of(flow: str, request_id: str) -> str:
+        """A request's name in the engine: clients of one key cannot meet the requests of another."""
+        return f"{flow}/{request_id}"
+
+    @property
+    def key(self) -> str:
+        return self.key_of(self.flow, self.request_id)
 
     @property
     def slots(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from app.engine.request import GenerateParams, ModelInfo, Start
 from ddpm_core import data
-from ddpm_core.checkpoint import Model, load_model
+from ddpm_core.checkpoint import Model, load_model, verify
 from ddpm_core.diffusion import q_sample
 from ddpm_core.network import Network, OnnxNetwork, Padded, pick_device
 from ddpm_core.noise import noise
@@ -63,14 +63,15 @@ class Runner:
         self.plan = functools.lru_cache(maxsize=64)(any_plan)
 
     @classmethod
-    def load(cls, directory: Path, device: str) -> Runner:
-        """From a model directory.
+    def load(cls, directory: Path, device: str, sha256: str | None = None) -> Runner:
+        """From a model directory, whose weights must be those of its card, and of `sha256` where that is given.
 
         Raises:
             CheckpointError: the directory cannot be used. ValueError: the device cannot.
         """
         where = pick_device(device)
         model = load_model(directory)
+        verify(directory, model, sha256)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # the same at every start
         network = model.network(where, export=True)
         if isinstance(network, OnnxNetwork):

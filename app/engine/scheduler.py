@@ -85,6 +85,15 @@ class Scheduler:
         """Images that have steps left."""
         return self.running + self.waiting
 
+    def slots_of(self, flow: str) -> int:
+        """Those of one flow."""
+        return sum(len(request.left) for request in self._flows[flow].requests.values()) if flow in self._flows else 0
+
+    @property
+    def work(self) -> int:
+        """Row-steps that are left."""
+        return sum(request.work for request in self._requests.values())
+
     def remove(self, request_id: str) -> None:
         """A request leaves, whatever it has left."""
         request = self._requests.pop(request_id)
@@ -174,7 +183,7 @@ class Scheduler:
 
         `new` of them are of a request that is not in yet.
         """
-        everything = new + sum(request.work for request in self._requests.values())
+        everything = new + self.work
         mine = self._flows[flow].requests.values() if flow in self._flows else ()
         own = work + sum(request.work for request in mine if request.rank < rank)
         others = (sum(r.work for r in other.requests.values()) for name, other in self._flows.items() if name != flow)

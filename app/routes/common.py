@@ -17,6 +17,9 @@ FORMATS = {"png": PNG, "b64_json": JSON}  # response_format -> media type
 
 PROBLEM = {"content": {"application/problem+json": {"schema": ProblemBody.model_json_schema()}}}
 
+REQUEST_ID = {"X-Request-Id": {"schema": {"type": "string"}, "description": "The request's id, its client's or new."}}
+"""Headers of a response, for OpenAPI."""
+
 RETRY_S = {"starting": 5, "draining": 30, "failed": 60}
 
 

@@ -8,10 +8,13 @@ import io
 import math
 import time
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 
 from fastapi import Request, Response
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import State
 
 from app import errors, images
 from app.engine import request as engine_request
@@ -19,22 +22,64 @@ from app.engine.engine import Engine
 from app.engine.job import OnProgress
 from app.engine.request import GenerateParams, ModelInfo, Result, Start
 from app.http import negotiate, unless_gone
-from app.routes.common import FORMATS, JSON, PNG, b64, random_seed, unavailable
+from app.routes.common import FORMATS, JSON, PNG, REQUEST_ID, b64, random_seed, unavailable
 from app.routes.events import EVENTS, event_stream
 from app.schemas import GeneratedImage, GenerateRequest, GenerateResponse
 from app.settings import Settings
 from ddpm_core import __version__, samplers
 
 ZIP = "application/zip"
+SHORT_PLAN = 100  # steps of which any sampler's plan is computed in some milliseconds
 OFFERED = (EVENTS, ZIP, JSON, PNG)  # of equals the last is sent
+
+DRAWN = {
+    "content": {media_type: {} for media_type in OFFERED},
+    "headers": {
+        **REQUEST_ID,
+        "X-Seed": {"schema": {"type": "string"}, "description": "Of the first image."},
+        "X-Model": {"schema": {"type": "string"}, "description": "name@first 12 of the weights' sha256."},
+    },
+    "links": {
+        "cancel": {
+            "operationId": "cancel",
+            "parameters": {"request_id": "$response.header.X-Request-Id"},
+            "description": "Ends the request while it is in flight.",
+        },
+        "image": {
+            "operationId": "image",
+            "parameters": {
+                "model": "$response.body#/model",
+                "sampler": "$response.body#/sampler",
+                "steps": "$response.body#/steps",
+                "label": "$response.body#/images/0/label",
+                "seed": "$response.body#/images/0/seed",
+            },
+            "description": "The same pixels for good, where guidance_scale and eta are given again.",
+        },
+    },
+}
+"""A 200, for OpenAPI."""
 
 
 def to_params(
-    body: GenerateRequest, info: ModelInfo, settings: Settings, request_id: str, start: Start | None = None
+    body: GenerateRequest, info: ModelInfo, settings: Settings, state: State, start: Start | None = None
 ) -> GenerateParams:
-    """Checks fields against the loaded model and fills in what they left open. Raises Invalid."""
+    """Checks fields against the loaded model and fills in what they left open. Raises Invalid.
+
+    Args:
+        body: the fields.
+        info: of the loaded model.
+        settings: its limits.
+        state: of the HTTP request: its id, and whose share of the engine it uses.
+        start: where the chain starts; None: pure noise.
+    """
     if body.n > settings.max_images:
         raise errors.Invalid.field("n", f"{body.n} is over the limit of {settings.max_images} images a request")
+    _, height, width = info.image_shape
+    if (pixels := body.n * height * width * body.scale**2) > settings.max_image_pixels:
+        raise errors.Invalid.field(
+            "scale", f"{pixels:,} pixels of all images are over the limit of {settings.max_image_pixels:,}"
+        )
     labels = tuple(body.label) if isinstance(body.label, list) else (body.label,) * body.n
     for label in labels:
         if label is not None and label >= info.num_classes:
@@ -50,16 +95,28 @@ def to_params(
         raise _of_plan(error) from None
     seed = random_seed(body.n) if body.seed is None else body.seed
     return GenerateParams(
-        request_id, tuple(range(seed, seed + body.n)), labels, sampler, steps, body.eta + 0.0, body.guidance_scale,
-        start=start, previews=body.previews or 0,
-        deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000,
+        state.request_id, tuple(range(seed, seed + body.n)), labels, sampler, steps, body.eta + 0.0,
+        body.guidance_scale, start=start, previews=body.previews or 0,
+        deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000, flow=flow_of(state),
     )  # fmt: skip
+
+
+def flow_of(state: State) -> str:
+    """Whose share of the engine a request uses: its API key's, where there are any."""
+    flow: str = getattr(state, "flow", "")
+    return flow
 
 
 def submit(engine: Engine, params: GenerateParams, on_progress: OnProgress | None = None) -> Future[Result]:
     """Hands a request to the engine; its refusals become problems."""
-    try:
+    with _refusals_told(params):
         return engine.submit(params, on_progress)
+
+
+@contextmanager
+def _refusals_told(params: GenerateParams) -> Iterator[None]:
+    try:
+        yield
     except engine_request.EngineError as error:
         raise to_problem(error, params) from None
     except ValueError as error:  # of the plan: this model's timesteps do not allow what the sampler does elsewhere
@@ -81,8 +138,7 @@ def to_problem(error: BaseException, params: GenerateParams) -> errors.Problem:
     match error:
         case engine_request.EngineBusy():
             return errors.QueueFull(
-                f"{error}, and this request asks for {params.slots}: try again later or ask for fewer images",
-                headers={"Retry-After": str(error.retry_after_s)},
+                f"{error}: try again later or ask for fewer images", headers={"Retry-After": str(error.retry_after_s)}
             )
         case engine_request.DeadlineTooSoon():
             deadline_s = params.deadline_s or 0.0
@@ -105,8 +161,16 @@ def to_problem(error: BaseException, params: GenerateParams) -> errors.Problem:
     raise error
 
 
+async def prepare(engine: Engine, params: GenerateParams) -> None:
+    """Computes a long plan where nobody waits for it: neither the event loop nor the engine's steps."""
+    if params.steps > SHORT_PLAN:
+        with _refusals_told(params):
+            await run_in_threadpool(engine.prepare_plan, params)
+
+
 async def draw(engine: Engine, params: GenerateParams) -> Result:
     """The engine's answer. Whoever stops waiting ends the request."""
+    await prepare(engine, params)
     future = submit(engine, params)
     try:
         return await asyncio.wrap_future(future)
@@ -114,7 +178,7 @@ async def draw(engine: Engine, params: GenerateParams) -> Result:
         raise to_problem(error, params) from None
     finally:
         if not future.done():
-            engine.cancel(params.request_id)
+            engine.cancel(params.request_id, params.flow)
 
 
 def facts(params: GenerateParams, info: ModelInfo) -> list[dict[str, object]]:
@@ -193,16 +257,17 @@ async def respond(
     engine: Engine = request.app.state.engine
     headers = {"X-Seed": str(params.seeds[0]), "X-Model": info.id, "Vary": "Accept"}
     if media_type == EVENTS:
+        await prepare(engine, params)
 
         def completed(result: Result) -> bytes:
             return encode_json(result, params, info, scale)
 
         return event_stream(
+            request,
             lambda tell: submit(engine, params, tell),
-            lambda: engine.cancel(params.request_id),
+            lambda: engine.cancel(params.request_id, params.flow),
             completed,
             lambda error: to_problem(error, params),
-            params.request_id,
             scale,
             headers,
         )

@@ -8,10 +8,10 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 
+from fastapi import Request
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
-from starlette.types import Receive, Scope, Send
 
 from app import errors, images
 from app.engine.job import OnProgress
@@ -26,37 +26,23 @@ KEEP_ALIVE_S = 15.0
 BACKLOG_BYTES = 2**22  # of events that a slow reader is behind; older ones are dropped
 
 
-class _Stream(EventSourceResponse):
-    """An event stream that says when it is over, even where nobody ever read from it."""
-
-    def __init__(self, content: AsyncIterator[bytes], headers: Mapping[str, str], on_end: Callable[[], object]) -> None:
-        super().__init__(content, headers=dict(headers))
-        self.on_end = on_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.on_end()
-
-
 def event_stream(
+    request: Request,
     submit: Callable[[OnProgress], Future[Result]],
     cancel: Callable[[], object],
     encode: Callable[[Result], bytes],
     to_problem: Callable[[BaseException], errors.Problem],
-    request_id: str,
     scale: int,
     headers: Mapping[str, str],
 ) -> EventSourceResponse:
     """Submits a request and tells its client of every step. A client that leaves ends it.
 
     Args:
+        request: the client's; its end is the end of the stream, read or not.
         submit: hands the request to the engine; what it raises is an answer like any other.
         cancel: ends the request.
         encode: the data of the `completed` event, made in a thread.
         to_problem: what an error of the engine is over HTTP.
-        request_id: for the problem in an `error` event.
         scale: of the previews.
         headers: of the response.
     """
@@ -74,6 +60,7 @@ def event_stream(
         loop.call_soon_threadsafe(note)
 
     future = submit(tell)
+    request.state.held.callback(lambda: future.done() or cancel())
     future.add_done_callback(lambda _: tell(None))  # in its turn: after all that was told
 
     async def events() -> AsyncIterator[bytes]:
@@ -100,14 +87,10 @@ def event_stream(
             problem = errors.Problem("an unexpected error; the server's log has it by request id")
         else:
             return
-        content = errors.body(request_id, problem.status, problem.slug, problem.detail, problem.errors)
+        content = errors.body(request.state.request_id, problem.status, problem.slug, problem.detail, problem.errors)
         yield _event("error", ProblemBody.model_validate(content))
 
-    def end() -> None:
-        if not future.done():
-            cancel()
-
-    return _Stream(events(), {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, end)
+    return EventSourceResponse(events(), headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
 
 def _event(name: str, data: BaseModel) -> bytes:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from app.http import read_json
 from app.routes.common import JSON, PROBLEM, loaded_model
-from app.routes.drawing import OFFERED, media_type_of, respond, to_params
+from app.routes.drawing import DRAWN, media_type_of, respond, to_params
 from app.schemas import GenerateRequest, GenerateResponse, parse
 
 router = APIRouter(tags=["images"])
@@ -16,8 +16,8 @@ router = APIRouter(tags=["images"])
     "/generate",
     response_model=GenerateResponse,
     responses={
-        200: {"content": {media_type: {} for media_type in OFFERED}},
-        **dict.fromkeys((406, 409, 410, 413, 415, 422, 429, 503, 504), PROBLEM),
+        200: DRAWN,
+        **dict.fromkeys((406, 408, 409, 410, 413, 415, 429, 503, 504), PROBLEM),
     },
     openapi_extra={
         "requestBody": {
@@ -31,5 +31,5 @@ async def generate(request: Request) -> Response:
     settings = request.app.state.settings
     body = parse(await read_json(request, settings.max_json_bytes), GenerateRequest)
     media_type = media_type_of(request, body)
-    params = to_params(body, info, settings, request.state.request_id)
+    params = to_params(body, info, settings, request.state)
     return await respond(request, info, params, media_type, body.scale)

@@ -21,7 +21,7 @@ def _health(engine: Engine) -> Health:
         engine=EngineHealth(
             slots_running=engine.scheduler.running,
             slots_waiting=engine.scheduler.waiting,
-            slots_limit=engine.queue_slots,
+            slots_limit=engine.bounds.slots,
             batch_rows_limit=engine.rows_limit or None,
             runtime=info.runtime if info else None,
             exact=engine.exactness.exact if engine.exactness else None,
@@ -40,23 +40,29 @@ async def health(request: Request, response: Response) -> Health:
     return _health(engine)
 
 
-@router.head("/livez", include_in_schema=False)
-@router.get(
+probes = APIRouter(tags=["health"])
+"""Never behind a key."""
+
+
+@probes.head("/livez", include_in_schema=False)
+@probes.head("/v2/health/live", include_in_schema=False)
+@probes.get(
     "/livez",
     response_class=Response,
     responses={503: {"description": "the worker thread has died: restart the process"}},
 )
-@router.get("/v2/health/live", include_in_schema=False)
+@probes.get("/v2/health/live", include_in_schema=False)
 async def live(request: Request) -> Response:
     """Whether the process is worth keeping."""
     return Response(status_code=503 if request.app.state.engine.status == "failed" else 200)
 
 
-@router.head("/readyz", include_in_schema=False)
-@router.get(
+@probes.head("/readyz", include_in_schema=False)
+@probes.head("/v2/health/ready", include_in_schema=False)
+@probes.get(
     "/readyz", response_class=Response, responses={503: {"description": "starting, draining or failed: send no work"}}
 )
-@router.get("/v2/health/ready", include_in_schema=False)
+@probes.get("/v2/health/ready", include_in_schema=False)
 async def ready(request: Request) -> Response:
     """Whether new work is welcome."""
     return Response(status_code=200 if request.app.state.engine.status == "ok" else 503)

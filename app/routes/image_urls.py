@@ -9,8 +9,9 @@ import logging
 import re
 import uuid
 from collections.abc import Callable, Coroutine
+from typing import Annotated, get_args
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from app import errors
@@ -27,6 +28,9 @@ log = logging.getLogger("app")
 router = APIRouter(tags=["images"])
 
 FOREVER = "public, max-age=31536000, immutable"
+SAMPLERS = [
+    name for name in get_args(GenerateRequest.model_fields["sampler"].annotation) if name not in samplers.PRESETS
+]
 QUERY = ("eta", "guidance_scale", "scale")
 
 
@@ -71,14 +75,15 @@ def _params(
         raise errors.Invalid.field("sampler", f"{sampler} is a preset, and may mean another sampler tomorrow: name one")
     given = {"sampler": sampler, "steps": steps, "seed": seed, **dict(request.query_params)}
     fields = parse_fields(given if label == "none" else {**given, "label": label}, GenerateRequest)
-    return to_params(fields, info, request.app.state.settings, uuid.uuid4().hex), fields.scale
+    params = to_params(fields, info, request.app.state.settings, request.state)
+    return dataclasses.replace(params, request_id=uuid.uuid4().hex), fields.scale  # several requests may share it
 
 
 @router.head("/images/{model}/{sampler}-{steps}/{label}/{seed}.png", include_in_schema=False)
 @router.get(
     "/images/{model}/{sampler}-{steps}/{label}/{seed}.png",
     response_class=Response,
-    responses={200: {"content": {PNG: {}}}, 304: {}, **dict.fromkeys((404, 422, 429, 503), PROBLEM)},
+    responses={200: {"content": {PNG: {}}}, 304: {}, **dict.fromkeys((404, 429, 503), PROBLEM)},
     openapi_extra={
         "parameters": [
             {"name": name, "in": "query", "schema": GenerateRequest.model_json_schema()["properties"][name]}
@@ -86,7 +91,14 @@ def _params(
         ]
     },
 )
-async def image(request: Request, model: str, sampler: str, steps: str, label: str, seed: str) -> Response:
+async def image(
+    request: Request,
+    model: str,
+    sampler: Annotated[str, Path(json_schema_extra={"enum": SAMPLERS})],
+    steps: Annotated[str, Path(json_schema_extra={"pattern": "^[1-9][0-9]{0,3}$"})],
+    label: Annotated[str, Path(json_schema_extra={"pattern": "^(none|[0-9]{1,4})$"})],
+    seed: Annotated[str, Path(json_schema_extra={"pattern": "^[0-9]{1,16}$"})],
+) -> Response:
     """One image. `model` is name@first 12 of the weights' sha256, and the answer never changes; or the name alone."""
     info = loaded_model(request)
     if model not in (info.id, info.name):

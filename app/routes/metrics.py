@@ -8,6 +8,7 @@ from prometheus_client.exposition import choose_encoder
 router = APIRouter(tags=["health"])
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Every figure of the engine, in the format that Accept prefers."""

@@ -7,7 +7,6 @@ import time
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from app import errors, forward, images
 from app.engine.request import ModelInfo
@@ -38,7 +37,7 @@ def _timesteps(text: str, info: ModelInfo) -> list[int]:
     response_model=NoiseResponse,
     responses={
         200: {"content": {PNG: {}, NPZ: {}}},
-        **dict.fromkeys((406, 413, 415, 422, 503), PROBLEM),
+        **dict.fromkeys((406, 408, 413, 415, 429, 503), PROBLEM),
     },
     openapi_extra={"requestBody": form_schema(NoiseRequest)},
 )
@@ -46,7 +45,8 @@ async def noise(request: Request) -> Response:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, for one t or several (PNG: a strip)."""
     info = loaded_model(request)
     settings = request.app.state.settings
-    content, fields = await read_upload(request, NoiseRequest)
+    uploads, held = request.app.state.uploads, request.state.held
+    content, fields = await read_upload(request, NoiseRequest, held)
     media_type = FORMATS[fields.response_format] if fields.response_format else negotiate(request, (JSON, NPZ, PNG))
     t = _timesteps(fields.t, info)
     seed = random_seed() if fields.seed is None else fields.seed
@@ -55,7 +55,9 @@ async def noise(request: Request) -> Response:
     def work() -> bytes:
         fit = info.image_shape if fields.fit == "model" else None
         copies = len(t) if fit is None else 1  # one of the image's own size for each t
-        pixels = images.decode(content, max_pixels=settings.max_image_pixels // copies, fit=fit)
+        upload = images.Upload(content, settings.max_image_pixels // copies)
+        uploads.pixels.share(held)(copies * upload.pixels)
+        pixels = upload.decode(fit)
         noised = forward.noise_image(pixels, alpha_bars, seed)
         if media_type == NPZ:
             buffer = io.BytesIO()
@@ -79,7 +81,7 @@ async def noise(request: Request) -> Response:
         return answer.model_dump_json().encode()
 
     try:
-        body = await run_in_threadpool(work)
+        body = await uploads.work(held, work)
     except images.BadImage as error:
         shared = isinstance(error, images.TooManyPixels) and fields.fit == "none" and len(t) > 1
         hint = f", ask for fewer than {len(t)} t, or fit=model" if shared else ""

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from app import errors
 from app.routes.common import PROBLEM
+from app.routes.drawing import flow_of
 
 router = APIRouter(tags=["requests"])
 
@@ -17,7 +18,7 @@ router = APIRouter(tags=["requests"])
     responses={404: PROBLEM},
 )
 async def cancel(request: Request, request_id: str) -> Response:
-    """Ends a request in flight by its X-Request-Id: its slots are free at once, whoever waits for it gets 410."""
-    if not request.app.state.engine.cancel(request_id):
+    """Ends one's own request in flight by its X-Request-Id: its slots are free at once, whoever waits gets 410."""
+    if not request.app.state.engine.cancel(request_id, flow_of(request.state)):
         raise errors.NotFound(f"no request {request_id} is in flight")
     return Response(status_code=204)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -120,3 +121,9 @@ def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+@functools.cache
+def encode_grey() -> bytes:
+    """A small PNG."""
+    return encode(Image.new("L", (8, 8), 128))

@@ -14,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from app import images
+from app.engine.admission import Bounds
 from app.engine.engine import Engine
 from app.engine.request import EngineNotReady, GenerateParams
 from app.engine.runner import Row, Runner
@@ -47,7 +48,7 @@ def test_while_the_model_loads_it_is_alive_but_not_ready(make_service: Callable[
     gate = threading.Event()
     service = make_service(wait=False, model=model_dir)
     # A second engine whose loading is held: the first has started already.
-    held = Engine(lambda: (gate.wait(), Runner.load(model_dir, "cpu"))[1], queue_slots=8)
+    held = Engine(lambda: (gate.wait(), Runner.load(model_dir, "cpu"))[1], bounds=Bounds(8))
     first, service.app.state.engine = service.app.state.engine, held
     held.start()
     try:
@@ -93,7 +94,7 @@ def test_draining_refuses_new_work_and_serves_the_accepted(
 def test_work_that_came_while_it_stopped_is_refused(model_dir: Path) -> None:
     """Stopped while it loads: it never takes work, and its thread ends."""
     gate = threading.Event()
-    engine = Engine(lambda: (gate.wait(60), Runner.load(model_dir, "cpu"))[1], queue_slots=8)
+    engine = Engine(lambda: (gate.wait(60), Runner.load(model_dir, "cpu"))[1], bounds=Bounds(8))
     engine.start()
     engine.drain()
     gate.set()
@@ -105,7 +106,7 @@ def test_work_that_came_while_it_stopped_is_refused(model_dir: Path) -> None:
 def test_when_the_thread_dies_nobody_waits(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Running or waiting: each has its answer, and the failure is told."""
     gate, failures = threading.Event(), list[BaseException]()
-    engine = Engine(lambda: Runner.load(model_dir, "cpu"), queue_slots=8, batch_rows=1)
+    engine = Engine(lambda: Runner.load(model_dir, "cpu"), bounds=Bounds(8), batch_rows=1)
     engine.on_failure = failures.append
     engine.start()
     while engine.status == "starting":

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.engine.admission import Bounds
 from app.engine.engine import Engine
 from app.engine.request import GenerateParams, Result
 from app.engine.runner import Runner
@@ -90,7 +91,7 @@ def make_engine(model: Model) -> Callable[..., Stepped]:
     def make(network: Any = None, **options: Any) -> Stepped:
         clock = Clock()
         runner = Runner(model, CPU, network or model.network(CPU))
-        given = {"queue_slots": 1024, "exact": False, "batch_rows": 8, "clock": clock, **options}
+        given = {"bounds": Bounds(1024), "exact": False, "batch_rows": 8, "clock": clock, **options}
         engine = Engine(lambda: runner, **given)
         engine.load()
         return Stepped(engine, clock)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.engine.admission import Bounds
 from app.engine.engine import Engine
 from app.engine.request import (
     Cancelled,
@@ -317,7 +318,7 @@ def test_a_request_cancelled_during_its_step_is_dropped_after_it(make_engine: Ma
 
 
 def test_a_full_queue_refuses_before_it_accepts(make_engine: Make) -> None:
-    stepped = make_engine(queue_slots=10)
+    stepped = make_engine(bounds=Bounds(10))
     stepped.submit("a", n=8, steps=1000)
     with pytest.raises(EngineBusy, match="8 of 10") as refused:
         stepped.submit("b", n=3)
@@ -477,7 +478,7 @@ def test_stopping_ends_what_the_drain_time_leaves(model: Model) -> None:
             return super().__call__(*inputs)
 
     network = Held()
-    engine = Engine(lambda: Runner(model, CPU, network), queue_slots=8, exact=False, batch_rows=2)
+    engine = Engine(lambda: Runner(model, CPU, network), bounds=Bounds(8), exact=False, batch_rows=2)
     stepped = Stepped(engine, None)  # type: ignore[arg-type]
     engine.load()
     Held.held = True

@@ -95,7 +95,7 @@ def test_health_says_what_was_found(
     make_service: Callable[..., Service], model: Model, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     trifle, exact, _ = NETWORKS[name]
-    monkeypatch.setattr(Runner, "load", lambda directory, device: Runner(model, CPU, Spoiled(trifle)))
+    monkeypatch.setattr(Runner, "load", lambda directory, device, sha256: Runner(model, CPU, Spoiled(trifle)))
     health = make_service().request("GET", "/health").json()["engine"]
     assert health["exact"] is exact
     assert ("multiple of 4" in health["exactness"]) == exact

@@ -1,0 +1,53 @@
+"""Who may call, where there are API keys."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from typing import Annotated
+
+from fastapi import Request, Security
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+
+from app import errors
+
+_bearer = HTTPBearer(auto_error=False, description="An API key.")
+_header = APIKeyHeader(name="X-API-Key", auto_error=False, description="The same, for clients that send no Bearer.")
+
+
+class Access:
+    """A dependency that lets those with a key in, and notes whose share of the engine they use.
+
+    Only digests are kept, and each is compared in constant time, so that neither a dump nor a clock tells a key.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    async def __call__(
+        self,
+        request: Request,
+        bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+        header: Annotated[str | None, Security(_header)],
+    ) -> None:
+        """Raises Unauthorized."""
+        given = bearer.credentials if bearer is not None else header
+        if given is None:
+            raise self._unauthorized(
+                request, "an API key is needed: send `Authorization: Bearer KEY`, or `X-API-Key: KEY`"
+            )
+        digest = _digest(given)
+        known = [hmac.compare_digest(digest, one) for one in self._digests]  # all of them, whichever fits
+        if not any(known):
+            raise self._unauthorized(request, "this API key is not known here")
+        request.state.flow = digest[:12]
+
+    @staticmethod
+    def _unauthorized(request: Request, detail: str) -> errors.Unauthorized:
+        request.app.state.engine.metrics.refused.labels("unauthorized").inc()
+        return errors.Unauthorized(detail, headers={"WWW-Authenticate": "Bearer"})
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
