@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import warnings
@@ -72,7 +73,8 @@ class Upload:
     """
 
     def __init__(self, content: bytes, max_pixels: int) -> None:
-        with _damage_told():
+        self._told = functools.partial(_damage_told, max_pixels)
+        with self._told():
             self._file = Image.open(io.BytesIO(content), formats=FORMATS)
         width, height = self._file.size
         self.pixels = width * height
@@ -90,7 +92,7 @@ class Upload:
         Raises:
             BadImage: damaged.
         """
-        with _damage_told():
+        with self._told():
             picture = upright_8_bit(self._file)
         if fit is not None:
             channels, height, width = fit
@@ -100,12 +102,12 @@ class Upload:
 
 
 @contextmanager
-def _damage_told() -> Iterator[None]:
+def _damage_told(max_pixels: int) -> Iterator[None]:
     """Whatever Pillow finds wrong with a file is a BadImage."""
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise TooManyPixels(f"over {Image.MAX_IMAGE_PIXELS:,} pixels: send a smaller image") from error
+        raise TooManyPixels(f"its pixels are over the limit of {max_pixels:,}: send a smaller image") from error
     except UnidentifiedImageError as error:
         raise BadImage(f"not an image of a supported format ({', '.join(FORMATS)})") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
