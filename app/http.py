@@ -107,6 +107,9 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     finally:
         leaving.cancel()
         task.cancel()
+        await asyncio.wait((task,))  # a thread that it waits for cannot be cancelled, nor what that holds be given back
+        if not task.cancelled():
+            task.exception()  # somebody has looked
 
 
 def negotiate(request: Request, offered: Sequence[str]) -> str:

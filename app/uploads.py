@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TypeVar
-
-import anyio
-import anyio.to_thread
 
 from app import errors
 from app.metrics import Metrics
@@ -60,9 +59,18 @@ class Uploads:
         self.bytes = Budget(settings.upload_bytes, "bytes of forms", metrics)
         self.slots = Budget(settings.upload_slots, "places for images", metrics)
         self.pixels = Budget(settings.upload_pixels, "pixels", metrics)
-        self._threads = anyio.CapacityLimiter(max(2, os.cpu_count() or 1))
+        self.threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "upload")
 
     async def work(self, held: ExitStack, work: Callable[[], T]) -> T:
-        """Runs what is slow about an upload in a thread. Raises UploadsFull."""
+        """Runs what is slow about an upload in a thread. Raises UploadsFull.
+
+        Cancelled while it waits, it is dropped; while it is worked on, it ends first: until then it holds what it took.
+        """
         self.slots.share(held)(1)
-        return await anyio.to_thread.run_sync(work, limiter=self._threads)
+        future = self.threads.submit(work)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if not future.cancel():
+                await asyncio.gather(asyncio.wrap_future(future), return_exceptions=True)
+            raise

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from app import errors, images
 from app.engine.request import ModelInfo, Start
 from app.forms import form_schema, read_upload
+from app.http import unless_gone
 from app.routes.common import PROBLEM, loaded_model
 from app.routes.drawing import DRAWN, media_type_of, respond, to_params
 from app.schemas import DenoiseRequest, GenerateResponse
@@ -48,6 +49,6 @@ async def _start(request: Request, info: ModelInfo, held: ExitStack) -> tuple[St
         return Start(upload.decode(info.image_shape), fields.t)
 
     try:
-        return await uploads.work(held, fitted), fields
+        return await unless_gone(request, uploads.work(held, fitted)), fields
     except images.BadImage as error:
         raise errors.Invalid.field("image", str(error)) from None

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from app import errors, forward, images
 from app.engine.request import ModelInfo
 from app.forms import form_schema, read_upload
-from app.http import negotiate
+from app.http import negotiate, unless_gone
 from app.routes.common import FORMATS, JSON, PNG, PROBLEM, b64, loaded_model, random_seed
 from app.schemas import NoisedImage, NoiseRequest, NoiseResponse
 from ddpm_core import __version__
@@ -81,7 +81,7 @@ async def noise(request: Request) -> Response:
         return answer.model_dump_json().encode()
 
     try:
-        body = await uploads.work(held, work)
+        body = await unless_gone(request, uploads.work(held, work))
     except images.BadImage as error:
         shared = isinstance(error, images.TooManyPixels) and fields.fit == "none" and len(t) > 1
         hint = f", ask for fewer than {len(t)} t, or fit=model" if shared else ""
