@@ -5,25 +5,27 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import logging.config
 import math
 import os
 import resource
 import sys
 import time
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 from pydantic import ValidationError
 
 from app import logs
-from app.connections import bounded
+from app.connections import SPARE, bounded
 from app.engine.engine import Engine
 from app.main import LAST_WORDS_S, ONE_PROCESS, create_app
 from app.settings import Settings
 
 log = logging.getLogger("app")
 
-OTHER_FILES = 512  # than connections: weights, libraries, those that wait to be closed
+OTHER_FILES = 256  # than connections: weights, libraries
 M_MMAP_THRESHOLD, LARGE_BYTES = -3, 2**21  # of mallopt(3); no step of the shipped model takes as much at once
 SECOND_SIGNAL_S = 1.0  # signals closer than this are one: shells and supervisors send some twice
 
@@ -56,14 +58,18 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def _allow_files(count: int) -> None:
-    """Raises the process's own limit of open files, which connections are, as far as it may."""
+def _files_for(connections: int) -> int:
+    """Raises the process's own limit of open files, which connections are, as far as it may; how many it left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    if wanted < count:
-        log.warning("open files are limited to %d: DDPM_MAX_CONNECTIONS cannot all be used", wanted)
+    if soft == resource.RLIM_INFINITY:
+        return connections
+    wanted = connections + OTHER_FILES
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        log.warning("open files are limited to %d: not all of DDPM_MAX_CONNECTIONS can be used", allowed)
+    return max(soft, allowed) - OTHER_FILES
 
 
 def _give_memory_back() -> None:
@@ -86,15 +92,16 @@ def main() -> int:
         return 2
     app = create_app(settings)
     engine: Engine = app.state.engine
+    logging.config.dictConfig(logs.CONFIG)
+    files = _files_for(settings.max_connections + SPARE)
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_config=logs.CONFIG, http=bounded(settings, engine.metrics),
-        ws="none", server_header=False, h11_max_incomplete_event_size=settings.max_header_bytes,
+        app, host=settings.host, port=settings.port, http=bounded(settings, engine.metrics, files), ws="none",
+        server_header=False, h11_max_incomplete_event_size=settings.max_header_bytes, log_config=None,
     )  # fmt: skip
     if config.workers > 1:
         print(f"error: WEB_CONCURRENCY={config.workers}: {ONE_PROCESS}", file=sys.stderr)
         return 2
     _give_memory_back()
-    _allow_files(settings.max_connections + OTHER_FILES)
     server = Server(config, engine, settings.drain_s)
 
     def on_failure(error: BaseException) -> None:
@@ -109,5 +116,12 @@ def main() -> int:
     return 0
 
 
+def end(code: int) -> NoReturn:
+    """Ends the process: an upload's thread that is still at work must not hold it."""
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

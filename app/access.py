@@ -9,6 +9,7 @@ from typing import Annotated
 
 from fastapi import Request, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from starlette.datastructures import State
 
 from app import errors
 
@@ -47,6 +48,12 @@ class Access:
     def _unauthorized(request: Request, detail: str) -> errors.Unauthorized:
         request.app.state.engine.metrics.refused.labels("unauthorized").inc()
         return errors.Unauthorized(detail, headers={"WWW-Authenticate": "Bearer"})
+
+
+def flow_of(state: State) -> str:
+    """Whose share a request uses: its API key's, where there are any."""
+    flow: str = getattr(state, "flow", "")
+    return flow
 
 
 def _digest(key: str) -> str:

@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http
-import json
+import socket
 import sys
 import uuid
 from typing import TYPE_CHECKING, Any
 
 import h11
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app import errors
 from app.metrics import Metrics
+from app.routes.health import probes
 from app.settings import Settings
 
 HURRY_S = 5.0  # for all that a connection over the limit may take
-PROBES = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
+SPARE = 256  # connections over the limit that may still ask for a probe
+NOT_SENT_BYTES = 2**17  # that the kernel keeps of an answer: with megabytes, nobody sees that a slow client reads
+PROBES = {route.path for route in probes.routes}  # type: ignore[attr-defined]
 
 
 class Connection(H11Protocol):
     """`bounded(...)` makes the class that uvicorn.Config takes as `http`.
 
     The clock of a head starts with the connection or with the end of the answer before it, so bytes that trickle in do
-    not stop it; that of an answer runs while the client reads nothing of what was sent. What a client asked for that is
-    found to have left in such a way is ended by its route, as of any that leaves.
+    not stop it; that of an answer runs from where the client is behind to where it has caught up, at most a piece of
+    http.py and what the kernel holds: some ten kilobytes a second are enough. What a client asked for that is found to
+    have left in such a way is ended by its route, as of any that leaves.
     """
 
     settings: Settings
     metrics: Metrics
+    max_connections: int
 
     if TYPE_CHECKING:
         transport: asyncio.Transport
@@ -44,8 +50,16 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.settings.max_connections:
-            self.app, self._head_s = _Full(self.app, self.settings.max_connections, self.metrics), HURRY_S
+        over = len(self.connections) - self.max_connections
+        if over > SPARE:
+            self.metrics.refused.labels("connections").inc()
+            transport.abort()
+            return
+        if over > 0:
+            self.app, self._head_s = _Full(self.app, self.max_connections, self.metrics), HURRY_S
+        with contextlib.suppress(AttributeError, OSError):  # where the system has it
+            option: int = socket.TCP_NOTSENT_LOWAT
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, option, NOT_SENT_BYTES)
         self._time_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -57,10 +71,17 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._time_head()
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) <= self.settings.max_header_bytes:
+            self.flow.resume_reading()  # the next request's bytes must not hide that the client leaves
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._time_head()
+
+    def shutdown(self) -> None:
+        """Called for every connection when the server ends: one that is being closed must not end that."""
+        if not self.transport.is_closing():
+            super().shutdown()
 
     def _time_head(self) -> None:
         """Runs the clock of a head exactly while one is awaited."""
@@ -90,16 +111,15 @@ class Connection(H11Protocol):
             slug, what = errors.HEAD_TOO_LARGE, "the head of the request is too large"
         else:
             slug, what = "bad-request", f"this is not HTTP/1.1: {error or msg}"
-        request_id, phrase = uuid.uuid4().hex, http.HTTPStatus(status).phrase
-        content = json.dumps(errors.body(request_id, status, slug, what, None)).encode()
-        headers = [
-            (b"content-type", errors.MEDIA_TYPE.encode()),
-            (b"content-length", str(len(content)).encode()),
-            (b"connection", b"close"),
-            (b"x-request-id", request_id.encode()),
-        ]
+        response = errors.answer(uuid.uuid4().hex, status, slug, what, headers={"Connection": "close"})
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            for event in (h11.Response(status_code=status, headers=headers, reason=phrase.encode()), h11.Data(content)):
+            reason = http.HTTPStatus(status).phrase.encode()
+            body = b"" if self.cycle is not None and self.cycle.scope["method"] == "HEAD" else bytes(response.body)
+            for event in (
+                h11.Response(status_code=status, headers=response.raw_headers, reason=reason),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
                 self.transport.write(self.conn.send(event) or b"")
         if self.cycle is not None and not self.cycle.response_complete:  # its route must not answer as well
             self.cycle.disconnected = True
@@ -114,21 +134,26 @@ class _Full:
         self.app, self.limit, self.metrics = app, limit, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Connection"] = "close"
+            await send(message)
+
         if scope["path"] in PROBES:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, send_last)
             return
         self.metrics.refused.labels("connections").inc()
-        request_id = uuid.uuid4().hex
-        detail = f"all {self.limit} connections are in use: try again later"
-        response = JSONResponse(
-            errors.body(request_id, 503, errors.Unavailable.slug, detail, None),
+        response = errors.answer(
+            uuid.uuid4().hex,
             503,
-            {"X-Request-Id": request_id, "Retry-After": "1", "Connection": "close"},
-            media_type=errors.MEDIA_TYPE,
+            errors.Unavailable.slug,
+            f"all {self.limit} connections are in use: try again later",
+            headers={"Retry-After": "1"},
         )
-        await response(scope, receive, send)
+        await response(scope, receive, send_last)
 
 
-def bounded(settings: Settings, metrics: Metrics) -> type[Connection]:
-    """Connections within the bounds of these settings."""
-    return type("BoundedConnection", (Connection,), {"settings": settings, "metrics": metrics})
+def bounded(settings: Settings, metrics: Metrics, files: int) -> type[Connection]:
+    """Connections within the bounds of these settings, and of the files that the process may have open for them."""
+    most = max(1, min(settings.max_connections, files - SPARE))
+    return type("BoundedConnection", (Connection,), {"settings": settings, "metrics": metrics, "max_connections": most})

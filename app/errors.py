@@ -32,6 +32,11 @@ from starlette.requests import ClientDisconnect
 log = logging.getLogger("app")
 
 MEDIA_TYPE = "application/problem+json"
+SECURITY_HEADERS = {  # nothing that is sent here is a page, but for /docs, which says so itself
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
 HEAD_TOO_LARGE = "head-too-large"  # 431
 MAX_ERRORS = 16  # in one answer
 MAX_NAME = 64  # characters of a client's own name for a field
@@ -137,6 +142,24 @@ def body(request_id: str, status: int, slug: str, detail: str, errors: list[dict
     }
 
 
+def answer(
+    request_id: str,
+    status: int,
+    slug: str,
+    detail: str,
+    *,
+    errors: list[dict[str, Any]] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """A problem as an answer."""
+    return JSONResponse(
+        body(request_id, status, slug, detail, errors),
+        status,
+        {**SECURITY_HEADERS, "X-Request-Id": request_id, **(headers or {})},
+        media_type=MEDIA_TYPE,
+    )
+
+
 def to_response(
     request: Request,
     status: int,
@@ -146,14 +169,9 @@ def to_response(
     errors: list[dict[str, Any]] | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """A problem as an answer."""
+    """A problem as the answer to a request."""
     request_id = request.scope.get("state", {}).get("request_id", "")
-    return JSONResponse(
-        body(request_id, status, slug, detail, errors),
-        status,
-        {"X-Request-Id": request_id, **(headers or {})},
-        media_type=MEDIA_TYPE,
-    )
+    return answer(request_id, status, slug, detail, errors=errors, headers=headers)
 
 
 async def _on_problem(request: Request, error: Exception) -> JSONResponse:

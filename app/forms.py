@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from starlette.datastructures import FormData, UploadFile
 
 from app import errors
+from app.access import flow_of
 from app.http import read_form
 from app.schemas import Body, parse_fields
 
@@ -20,7 +21,7 @@ async def read_upload(request: Request, schema: type[Body], held: ExitStack) -> 
     Raises:
         UnsupportedMedia, TooLarge, TooSlow, UploadsFull, Invalid.
     """
-    hold = request.app.state.uploads.bytes.share(held)
+    hold = request.app.state.uploads.bytes.share(held, flow_of(request.state))
     form = await read_form(request, request.app.state.settings.max_body_bytes, hold)
     try:
         upload = _image(form)

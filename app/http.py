@@ -24,11 +24,6 @@ from app.logs import request_id_of_log
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 PIECE_BYTES = 2**18  # of an answer, handed over when the client has read those before it
-SECURITY_HEADERS = {  # nothing that is sent here is a page, but for /docs, which says so itself
-    "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 class Outermost:
@@ -56,7 +51,7 @@ class Outermost:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
-                for name, value in SECURITY_HEADERS.items():
+                for name, value in errors.SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             elif message["type"] == "http.response.body" and len(message.get("body", b"")) > PIECE_BYTES:
                 body = memoryview(message["body"])

@@ -18,7 +18,7 @@ Image.preinit()  # the plugins, which the first client would wait for
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # here: catch_warnings is not thread-safe
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-START_OF_SCAN = b"\xff\xda"
+JPEG_MAGIC, START_OF_SCAN = b"\xff\xd8", b"\xff\xda"  # also of MPO, which Pillow finds in a JPEG
 MAX_SCANS = 100  # of a progressive JPEG: each is a pass over all pixels and may have twenty bytes; encoders make ten
 
 
@@ -80,7 +80,7 @@ class Upload:
         self.pixels = width * height
         if self.pixels > max_pixels:
             raise TooManyPixels(f"{width} x {height} pixels are over the limit of {max_pixels:,}: send a smaller image")
-        if self._file.format == "JPEG" and (scans := content.count(START_OF_SCAN)) > MAX_SCANS:
+        if content.startswith(JPEG_MAGIC) and (scans := content.count(START_OF_SCAN)) > MAX_SCANS:
             raise BadImage(f"{scans} scans are over the limit of {MAX_SCANS}: save the image as a baseline JPEG")
 
     def decode(self, fit: tuple[int, int, int] | None) -> Pixels:

@@ -32,7 +32,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
     engine = Engine(
         lambda: Runner.load(settings.model, settings.device, settings.model_sha256),
-        bounds=Bounds(settings.queue_slots, settings.key_slots, settings.queue_s),
+        bounds=Bounds(settings.queue_slots, settings.slots_of_key, settings.queue_s),
         exact=settings.exact, batch_rows=settings.batch_rows,
     )  # fmt: skip
 
@@ -50,6 +50,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=__version__,
         description="Draws images with a denoising diffusion probabilistic model, and noises yours.",
         lifespan=lifespan,
+        redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,9 @@ MIN_KEY = 16  # characters of an API key
 class Settings(BaseSettings):
     """Every setting, with its unit in its name where it has one. README.md lists them; a test holds it to that."""
 
-    model_config = SettingsConfigDict(env_prefix="DDPM_", frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(
+        env_prefix="DDPM_", frozen=True, protected_namespaces=(), hide_input_in_errors=True
+    )
 
     model: Path = Field(Path("weights/mnist"), description="Model directory to serve.")
     model_sha256: str | None = Field(
@@ -32,10 +35,10 @@ class Settings(BaseSettings):
         None,
         gt=0,
         le=86_400,
-        description="Seconds of accepted work before requests get 429; unset: no bound but slots.",
+        description="Seconds that a request may wait for others, else 429; unset: no bound.",
     )
     key_slots: int | None = Field(
-        None, ge=1, description="Images of one API key that may wait or run; unset: as many as of all."
+        None, ge=1, description="Images of one API key that may wait or run; unset: with several keys, half of all."
     )
     batch_rows: int | None = Field(
         None,
@@ -91,13 +94,33 @@ class Settings(BaseSettings):
     def _origins_of_text(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @property
+    def slots_of_key(self) -> int | None:
+        """Images that one key may have waiting or running; of several keys none may fill the queue alone."""
+        return self.key_slots or (max(self.queue_slots // 2, self.max_images) if len(self.keys) > 1 else None)
+
     @model_validator(mode="after")
     def _keys_are_keys(self) -> Settings:
+        if not self.keys:
+            if self.api_keys.get_secret_value():
+                raise ValueError("DDPM_API_KEYS has no key in it: leave it out to serve everybody")
+            for name in ("metrics_key", "key_slots"):
+                if getattr(self, name):
+                    raise ValueError(f"DDPM_{name.upper()} is set, and DDPM_API_KEYS is not: set both or none")
         for i, key in enumerate(self.keys, 1):
             if len(key) < MIN_KEY or not (key.isascii() and key.isprintable()) or " " in key:
                 raise ValueError(
                     f"DDPM_API_KEYS: key {i} must be {MIN_KEY} visible ASCII characters or more, without a space: "
                     "`openssl rand -hex 32` makes one"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _origins_are_origins(self) -> Settings:
+        for origin in self.cors_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(
+                    f"DDPM_CORS_ORIGINS: {origin!r} must be like https://example.org, without a path, or *"
                 )
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import os
 import threading
 from collections.abc import Callable
@@ -20,13 +21,14 @@ T = TypeVar("T")
 class Budget:
     """An amount of which requests take parts, on any thread."""
 
-    def __init__(self, limit: int, what: str, metrics: Metrics) -> None:
-        self.limit, self.what, self._metrics = limit, what, metrics
+    def __init__(self, limit: int, of_flow: int, what: str, metrics: Metrics) -> None:
+        self.limit, self.of_flow, self.what, self._metrics = limit, of_flow, what, metrics
         self.taken = 0
+        self._flows = collections.Counter[str]()
         self._lock = threading.Lock()
 
-    def share(self, held: ExitStack) -> Callable[[int], None]:
-        """What takes parts, of which all are given back when `held` is closed.
+    def share(self, held: ExitStack, flow: str) -> Callable[[int], None]:
+        """What takes parts for a flow (API key), of which all are given back when `held` is closed.
 
         It raises UploadsFull where a part is not there now.
         """
@@ -35,18 +37,22 @@ class Budget:
         def take(amount: int) -> None:
             nonlocal mine
             with self._lock:
-                if self.taken + amount > self.limit:
+                if self.taken + amount > self.limit or self._flows[flow] + amount > self.of_flow:
                     self._metrics.refused.labels("uploads_full").inc()
                     raise errors.UploadsFull(
                         f"other uploads hold {self.taken - mine:,} of {self.limit:,} {self.what}: try again later",
                         headers={"Retry-After": "1"},
                     )
                 self.taken += amount
+                self._flows[flow] += amount
                 mine += amount
 
         def give_back() -> None:
             with self._lock:
                 self.taken -= mine
+                self._flows[flow] -= mine
+                if not self._flows[flow]:
+                    del self._flows[flow]
 
         held.callback(give_back)
         return take
@@ -56,17 +62,22 @@ class Uploads:
     """The bounds of one process. Its threads are its own: encoding of drawn images never waits for uploads."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self.bytes = Budget(settings.upload_bytes, "bytes of forms", metrics)
-        self.slots = Budget(settings.upload_slots, "places for images", metrics)
-        self.pixels = Budget(settings.upload_pixels, "pixels", metrics)
+
+        def budget(limit: int, least: int, what: str) -> Budget:
+            of_flow = max(limit // 2, least) if len(settings.keys) > 1 else limit  # no key takes all
+            return Budget(limit, of_flow, what, metrics)
+
+        self.bytes = budget(settings.upload_bytes, settings.max_body_bytes, "bytes of forms")
+        self.slots = budget(settings.upload_slots, 1, "places for images")
+        self.pixels = budget(settings.upload_pixels, settings.max_image_pixels, "pixels")
         self.threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "upload")
 
-    async def work(self, held: ExitStack, work: Callable[[], T]) -> T:
+    async def work(self, held: ExitStack, flow: str, work: Callable[[], T]) -> T:
         """Runs what is slow about an upload in a thread. Raises UploadsFull.
 
         Cancelled while it waits, it is dropped; while it is worked on, it ends first: until then it holds what it took.
         """
-        self.slots.share(held)(1)
+        self.slots.share(held, flow)(1)
         future = self.threads.submit(work)
         try:
             return await asyncio.wrap_future(future)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import re
 from collections.abc import AsyncIterator, Sequence
 
-import httpx
 import numpy as np
 
+from benchmarks import wire
 from benchmarks.workload import Arrival, Kind
 
 QUIET_TIMEOUT_S = 60.0  # of a request to a server that has little to do
@@ -32,7 +33,7 @@ class Answer:
 class Client:
     """Answers of one server, of requests that may take `timeout_s`."""
 
-    http: httpx.AsyncClient
+    pool: wire.Pool
     timeout_s: float
     start: float  # of the window, by the event loop's clock
 
@@ -43,21 +44,22 @@ class Client:
 
     async def ask(self, arrival: Arrival) -> Answer:
         """Waits until the request is due, and for its answer."""
-        await asyncio.sleep(arrival.at_s - self.now)
-        late_s, queue_s = self.now - arrival.at_s, None
         kind = arrival.kind
         body = {"n": kind.n, "steps": kind.steps, "label": arrival.label, "seed": arrival.seed, "sampler": "ddim"}
+        data = wire.request("POST", "/generate", {"Content-Type": "application/json"}, json.dumps(body).encode())
+        await asyncio.sleep(arrival.at_s - self.now)
+        late_s, queue_s = self.now - arrival.at_s, None
         try:
             async with asyncio.timeout_at(self.start + arrival.at_s + self.timeout_s):
-                response = await self.http.post("/generate", json=body)
-            outcome = str(response.status_code)
-            if outcome == "200" and not response.content.startswith(b"\x89PNG"):
+                reply = await self.pool.ask(data)
+            outcome = str(reply.status)
+            if outcome == "200" and not reply.body.startswith(b"\x89PNG"):
                 outcome = "no PNG"
-            if found := re.search(r"queue;dur=([0-9.]+)", response.headers.get("Server-Timing", "")):
+            if found := re.search(r"queue;dur=([0-9.]+)", reply.headers.get("server-timing", "")):
                 queue_s = float(found[1]) / 1000
         except TimeoutError:
             outcome = "timeout"
-        except httpx.HTTPError as error:
+        except (OSError, EOFError) as error:
             outcome = type(error).__name__
         now = self.now
         return Answer(kind, outcome, now - arrival.at_s, late_s, now, queue_s)
@@ -77,9 +79,8 @@ class Client:
 @contextlib.asynccontextmanager
 async def client_of(url: str, timeout_s: float) -> AsyncIterator[Client]:
     """A client without a limit of connections: a limit would make arrivals wait for answers."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False) as http:
-        yield Client(http, timeout_s, asyncio.get_running_loop().time())
+    async with wire.pool(url) as pool:
+        yield Client(pool, timeout_s, asyncio.get_running_loop().time())
 
 
 async def warm_up(url: str, kinds: Sequence[Kind]) -> None:

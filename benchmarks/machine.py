@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 MODEL = Path("weights/mnist")  # seen from ROOT, where every benchmark and every server that it starts works
 NOISE = 0.2  # cores that others may use before a benchmark warns
 LIBRARIES = (
-    "torch", "onnxruntime", "numpy", "fastapi", "starlette", "uvicorn", "httpx",
+    "torch", "onnxruntime", "numpy", "fastapi", "starlette", "uvicorn", "uvloop", "h11", "httpx",
     "diffusers", "denoising-diffusion-pytorch", "litserve",
 )  # fmt: skip
 
@@ -46,21 +46,28 @@ def _cpu() -> str:
 
 def busy_cores(seconds: float = 1.0) -> float:
     """How many cores others use, asked before a measurement: threads that wait for each other lose much to little."""
-
-    def used() -> int:
-        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, _stat().split()[1:9])
-        return user + nice + system + irq + softirq + steal
-
-    before = used()
+    before = cpu_s()
     time.sleep(seconds)
-    busy = (used() - before) / os.sysconf("SC_CLK_TCK") / seconds
+    busy = (cpu_s() - before) / seconds
     if busy > NOISE:
         print(f"warning: others use {busy:.1f} cores, so these figures will be off", file=sys.stderr)
     return round(busy, 2)
 
 
-def _stat() -> str:
-    return Path("/proc/stat").read_text().splitlines()[0]
+def cpu_s() -> float:
+    """Seconds that all cores together have worked since the machine started."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, _first_line("stat").split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_s_of(pid: int) -> float:
+    """Those of one process."""
+    user, system = _first_line(f"{pid}/stat").rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def _first_line(name: str) -> str:
+    return Path("/proc", name).read_text().splitlines()[0]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -12,6 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO
 
 import httpx
 
@@ -44,6 +46,19 @@ CONTENDERS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """A process that serves."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    output: IO[str]
+
+    def printed(self) -> str:
+        """What it has written so far."""
+        return Path(f"/proc/self/fd/{self.output.fileno()}").read_text()  # opened anew: they share the place in it
+
+
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -52,8 +67,8 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(contender: Contender) -> Iterator[str]:
-    """A fresh process that is ready, by its URL. Ended at the end, with all that it started.
+def running(contender: Contender) -> Iterator[Server]:
+    """A fresh process that is ready. Ended at the end, with all that it started.
 
     Raises:
         RuntimeError: it did not become ready.
@@ -61,19 +76,25 @@ def serving(contender: Contender) -> Iterator[str]:
     port = _free_port()
     env = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")}  # defaults are defaults
     env |= {"DDPM_PORT": str(port), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **contender.env}
-    url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", contender.module], cwd=ROOT, env=env, stdout=output, stderr=output,
             process_group=0,  # LitServe starts processes of its own: all of them are ended by this handle
         )  # fmt: skip
+        server = Server(f"http://127.0.0.1:{port}", process, output)
         try:
-            if not _ready(process, url + contender.ready):
-                output.seek(0)
-                raise RuntimeError(f"{contender.module} did not start:\n{output.read()[-2000:]}")
-            yield url
+            if not _ready(process, server.url + contender.ready):
+                raise RuntimeError(f"{contender.module} did not start:\n{server.printed()[-2000:]}")
+            yield server
         finally:
             _end(process)
+
+
+@contextlib.contextmanager
+def serving(contender: Contender) -> Iterator[str]:
+    """The same by its URL, for those who want no more of it."""
+    with running(contender) as server:
+        yield server.url
 
 
 def _ready(process: subprocess.Popen[bytes], url: str) -> bool:

@@ -195,10 +195,11 @@ class Scheduler:
         """Network rows that a step of all images would have."""
         return sum(request.cost[index] for request in self._requests.values() for index in request.left)
 
-    def work_until_free(self, slots: int) -> int:
-        """Row-steps until so many images have ended, by the order of the work they have left."""
+    def work_until_free(self, slots: int, flow: str | None = None) -> int:
+        """Row-steps until so many images (of one flow) have ended, by the order of the work they have left."""
         work = 0
-        for request in sorted(self._requests.values(), key=lambda request: request.rank):
+        of = self._requests if flow is None else self._flows[flow].requests
+        for request in sorted(of.values(), key=lambda request: request.rank):
             images = len(request.left)
             if images >= slots:
                 return work + -(-request.work * slots // images)

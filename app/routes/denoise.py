@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from fastapi import APIRouter, Request, Response
 
 from app import errors, images
+from app.access import flow_of
 from app.engine.request import ModelInfo, Start
 from app.forms import form_schema, read_upload
 from app.http import unless_gone
@@ -37,7 +38,7 @@ async def denoise(request: Request) -> Response:
 
 async def _start(request: Request, info: ModelInfo, held: ExitStack) -> tuple[Start, DenoiseRequest]:
     """Where the chain starts, and the other fields."""
-    uploads, settings = request.app.state.uploads, request.app.state.settings
+    uploads, settings, flow = request.app.state.uploads, request.app.state.settings, flow_of(request.state)
     content, fields = await read_upload(request, DenoiseRequest, held)
     media_type_of(request, fields)  # before the work
     if fields.t >= info.num_train_steps:
@@ -45,10 +46,10 @@ async def _start(request: Request, info: ModelInfo, held: ExitStack) -> tuple[St
 
     def fitted() -> Start:
         upload = images.Upload(content, settings.max_image_pixels)
-        uploads.pixels.share(held)(upload.pixels)
+        uploads.pixels.share(held, flow)(upload.pixels)
         return Start(upload.decode(info.image_shape), fields.t)
 
     try:
-        return await unless_gone(request, uploads.work(held, fitted)), fields
+        return await unless_gone(request, uploads.work(held, flow, fitted)), fields
     except images.BadImage as error:
         raise errors.Invalid.field("image", str(error)) from None

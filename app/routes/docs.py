@@ -8,7 +8,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 router = APIRouter(include_in_schema=False)
 
 # The one page that wants scripts: Swagger UI, from where FastAPI takes it.
-CONTENT = (
+POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' "
     "https://cdn.jsdelivr.net; img-src data: blob: https://fastapi.tiangolo.com; connect-src 'self'; "
     "frame-ancestors 'none'"
@@ -19,5 +19,5 @@ CONTENT = (
 async def docs(request: Request) -> Response:
     """Swagger UI of /openapi.json."""
     page = get_swagger_ui_html(openapi_url="/openapi.json", title=request.app.title)
-    page.headers["Content-Security-Policy"] = CONTENT
+    page.headers["Content-Security-Policy"] = POLICY
     return page

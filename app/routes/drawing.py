@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 
 from app import errors, images
+from app.access import flow_of
 from app.engine import request as engine_request
 from app.engine.engine import Engine
 from app.engine.job import OnProgress
@@ -99,12 +100,6 @@ def to_params(
         body.guidance_scale, start=start, previews=body.previews or 0,
         deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000, flow=flow_of(state),
     )  # fmt: skip
-
-
-def flow_of(state: State) -> str:
-    """Whose share of the engine a request uses: its API key's, where there are any."""
-    flow: str = getattr(state, "flow", "")
-    return flow
 
 
 def submit(engine: Engine, params: GenerateParams, on_progress: OnProgress | None = None) -> Future[Result]:

@@ -9,6 +9,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from app import errors, forward, images
+from app.access import flow_of
 from app.engine.request import ModelInfo
 from app.forms import form_schema, read_upload
 from app.http import negotiate, unless_gone
@@ -45,7 +46,7 @@ async def noise(request: Request) -> Response:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, for one t or several (PNG: a strip)."""
     info = loaded_model(request)
     settings = request.app.state.settings
-    uploads, held = request.app.state.uploads, request.state.held
+    uploads, held, flow = request.app.state.uploads, request.state.held, flow_of(request.state)
     content, fields = await read_upload(request, NoiseRequest, held)
     media_type = FORMATS[fields.response_format] if fields.response_format else negotiate(request, (JSON, NPZ, PNG))
     t = _timesteps(fields.t, info)
@@ -56,7 +57,7 @@ async def noise(request: Request) -> Response:
         fit = info.image_shape if fields.fit == "model" else None
         copies = len(t) if fit is None else 1  # one of the image's own size for each t
         upload = images.Upload(content, settings.max_image_pixels // copies)
-        uploads.pixels.share(held)(copies * upload.pixels)
+        uploads.pixels.share(held, flow)(copies * upload.pixels)
         pixels = upload.decode(fit)
         noised = forward.noise_image(pixels, alpha_bars, seed)
         if media_type == NPZ:
@@ -81,7 +82,7 @@ async def noise(request: Request) -> Response:
         return answer.model_dump_json().encode()
 
     try:
-        body = await unless_gone(request, uploads.work(held, work))
+        body = await unless_gone(request, uploads.work(held, flow, work))
     except images.BadImage as error:
         shared = isinstance(error, images.TooManyPixels) and fields.fit == "none" and len(t) > 1
         hint = f", ask for fewer than {len(t)} t, or fit=model" if shared else ""

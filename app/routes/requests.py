@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from app import errors
+from app.access import flow_of
 from app.routes.common import PROBLEM
-from app.routes.drawing import flow_of
 
 router = APIRouter(tags=["requests"])
 

@@ -179,6 +179,19 @@ def test_a_bad_key_is_refused_and_not_shown(keys: str) -> None:
     assert all(key.strip() not in message for key in keys.split(",") for message in messages)
 
 
+def test_settings_that_would_leave_open_what_they_close_are_refused() -> None:
+    for wrong, what in (
+        ({"api_keys": SecretStr(" , ")}, "has no key in it"),
+        ({"metrics_key": True}, "DDPM_API_KEYS is not"),
+        ({"key_slots": 64}, "DDPM_API_KEYS is not"),
+        ({"cors_origins": "https://a.example/"}, "without a path"),
+        ({"api_keys": SecretStr(KEYS), "queue_slots": 3}, "DDPM_QUEUE_SLOTS=3"),
+    ):
+        with pytest.raises(ValidationError, match=what) as refused:
+            Settings(**wrong)
+        assert ALICE not in str(refused.value)
+
+
 # ---- browsers
 
 

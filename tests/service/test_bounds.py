@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import resource
+import signal
 import socket
 import threading
 import time
@@ -47,6 +48,31 @@ def slow_decoding(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     gate.set()
 
 
+def test_no_key_takes_all_of_the_uploads(make_service: Callable[..., Service], slow_decoding: threading.Event) -> None:
+    service = make_service(api_keys="alice-0123456789,bob-0123456789abc", upload_slots=4)
+    slow_decoding.clear()
+
+    async def ask(key: str) -> int:
+        files = {"image": ("x", encode_grey())}
+        return (
+            await service.client.post("/noise", files=files, data={"t": "3"}, headers={"x-api-key": key})
+        ).status_code
+
+    async def crowd() -> list[int]:
+        first = [asyncio.ensure_future(ask("alice-0123456789")) for _ in range(2)]
+        while service.app.state.uploads.slots.taken < 2:
+            await asyncio.sleep(0.01)
+        refused = await ask("alice-0123456789")
+        other = asyncio.ensure_future(ask("bob-0123456789abc"))
+        while service.app.state.uploads.slots.taken < 3:
+            await asyncio.sleep(0.01)
+        slow_decoding.set()
+        return [refused, await other, *(await asyncio.gather(*first))]
+
+    assert service.run(crowd()) == [429, 200, 200, 200]
+    assert taken(service) == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("bounds", "what", "fit"),
     [
@@ -78,7 +104,8 @@ def test_more_uploads_at_once_than_fit_get_429(
 
     async def crowd() -> list[int]:
         first = [asyncio.ensure_future(ask()) for _ in range(fit)]
-        await asyncio.sleep(0.3)
+        while taken(service)[1] < fit or ("pixels" in what and not taken(service)[2]):
+            await asyncio.sleep(0.01)
         refused = await asyncio.wait_for(ask(), 30)
         drawn = (await service.client.post("/generate", json={"steps": 1})).status_code
         slow_decoding.set()
@@ -109,16 +136,21 @@ def test_an_upload_whose_client_left_waits_for_no_thread(
             }  # fmt: skip
 
             async def receive() -> dict[str, object]:
-                return messages.pop() if messages else await asyncio.sleep(0.5, {"type": "http.disconnect"})
+                if messages:
+                    return messages.pop()
+                await leaving.wait()
+                return {"type": "http.disconnect"}
 
             async def send(message: dict[str, object]) -> None:
                 pass
 
             await service.app(scope, receive, send)
 
+        leaving = asyncio.Event()
         tasks = [asyncio.create_task(leave(encode_grey())) for _ in range(12)]
-        await asyncio.sleep(0.3)
-        assert uploads.slots.taken == 12
+        while uploads.slots.taken < 12:
+            await asyncio.sleep(0.01)
+        leaving.set()
         threads = uploads.threads._max_workers
         while sum(task.done() for task in tasks) < 12 - threads:
             await asyncio.sleep(0.01)
@@ -190,7 +222,7 @@ def test_pictures_of_an_answer_are_bounded_together(make_service: Callable[..., 
 
 
 def test_the_queue_is_bounded_in_seconds_too(make_service: Callable[..., Service], hold: threading.Event) -> None:
-    """An idle engine takes anything; beyond the bound nothing more, however small."""
+    """An idle engine takes anything, and what would wait too long is refused; what goes first is not."""
     service = make_service(queue_s=0.5)
     engine = service.app.state.engine
     hold.clear()
@@ -199,13 +231,16 @@ def test_the_queue_is_bounded_in_seconds_too(make_service: Callable[..., Service
         long = asyncio.ensure_future(service.client.post("/generate", json={"n": 64, "steps": 1000, "sampler": "ddpm"}))
         while engine.scheduler.slots < 64:
             await asyncio.sleep(0.01)
-        refused = await service.client.post("/generate", json={"steps": 1})
-        assert "s of work are queued, 0.5 are allowed" in assert_problem(refused, 429)["detail"]
+        refused = await service.client.post("/generate", json={"n": 64, "steps": 1000, "sampler": "ddpm"})
+        assert "of which 0.5 are allowed" in assert_problem(refused, 429)["detail"]
         retry = int(refused.headers["retry-after"])
+        small = asyncio.ensure_future(service.client.post("/generate", json={"steps": 1}))
+        while engine.scheduler.slots < 65:
+            await asyncio.sleep(0.01)
         long.cancel()
         engine.cancel(next(iter(engine._jobs)).removeprefix("/"))
         hold.set()
-        after = await service.client.post("/generate", json={"steps": 1})
+        after = await small
         with contextlib.suppress(asyncio.CancelledError):
             await long
         return refused.status_code, retry, after.status_code
@@ -345,6 +380,36 @@ def test_a_body_that_breaks_its_own_form_ends_its_request(tight: Server) -> None
         connection.sendall(b"\0\0 no second request\r\n\r\n")
     tight.wait_until_idle()
     assert "Traceback" not in tight.logged()
+
+
+def test_what_is_no_http_after_a_head_request_has_no_body(tight: Server) -> None:
+    with tight.connect() as connection:
+        connection.sendall(b"HEAD /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+        closed_after(connection)
+    assert tight.get("/livez").status_code == 200
+    assert "Traceback" not in tight.logged()
+
+
+def test_a_client_that_has_sent_more_and_leaves_is_seen_to_leave(tight: Server) -> None:
+    """The first byte of a next request must not hide the end of the connection."""
+    with tight.send(DRAW + "image/png", b'{"n": 64, "steps": 1000, "sampler": "ddpm"}') as connection:
+        until(lambda: tight.metric("slots_running") > 0, "it never ran")
+        connection.sendall(b"\r\nGET /")
+        time.sleep(0.1)
+    tight.wait_until_idle(10)
+
+
+def test_connections_that_end_badly_do_not_spoil_the_end(model_dir: Path) -> None:
+    """Many that were answered 400 and read nothing are being closed when SIGTERM comes."""
+    with server(model=model_dir, exact=False, drain_s=2) as it:
+        connections = [it.connect() for _ in range(40)]
+        for i, connection in enumerate(connections):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * (20 + 3 * i) + b"no http\r\n\r\n")
+        time.sleep(0.5)
+        it.process.send_signal(signal.SIGTERM)
+        assert it.process.wait(30) == 0
+        assert "LocalProtocolError" not in it.logged()
 
 
 def test_connections_over_the_limit_get_503_and_probes_their_answer(tight: Server) -> None:

@@ -104,6 +104,7 @@ REFUSED: dict[str, Callable[[], bytes]] = {
     "250 megapixels, a header alone (webp)": lambda: webp_header(16_383, 16_383),
     "20 megapixels in 20 kB": lambda: png(5000, 4000),
     "a hundred scans too many": lambda: scans(200),
+    "a hundred scans too many, as MPO": lambda: mpo(scans(200)),
     "text of 200 MB, compressed": lambda: png(8, 8, chunk(b"zTXt", b"a\0\0" + zlib.compress(b"\0" * 200_000_000, 1))),
     "profile of 200 MB, compressed": lambda: png(8, 8, chunk(b"iCCP", b"a\0\0" + zlib.compress(b"\0" * 200_000_000))),
 }
@@ -142,6 +143,14 @@ def scans(more: int) -> bytes:
     content = encode(Image.new("L", (4000, 4000), 99), "JPEG", progressive=True)
     last = content.rindex(b"\xff\xda")
     return content[:-2] + content[last:-2] * more + content[-2:]
+
+
+def mpo(jpeg: bytes) -> bytes:
+    """The same with the segment of several pictures in one, which makes Pillow call it another format."""
+    two = encode(NOISY, "MPO", save_all=True, append_images=[NOISY])
+    at = two.index(b"\xff\xe2")
+    segment = two[at : at + 2 + struct.unpack(">H", two[at + 2 : at + 4])[0]]
+    return jpeg[:2] + segment + jpeg[2:]
 
 
 @pytest.mark.parametrize("name", REFUSED)
