@@ -35,7 +35,7 @@ class Settings(BaseSettings):
         None,
         gt=0,
         le=86_400,
-        description="Seconds that a request may wait for others, else 429; unset: no bound.",
+        description="Seconds of accepted work before requests get 429; unset: no such bound.",
     )
     key_slots: int | None = Field(
         None, ge=1, description="Images of one API key that may wait or run; unset: with several keys, half of all."

@@ -28,6 +28,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -114,17 +115,25 @@ class Watch:
                 print("".join(f"{value:9.0f}" for value in values), file=sys.stderr)
             await asyncio.sleep(WATCH_S)
 
-    async def until(self, enough: Callable[[Sample], bool], seconds: float, *, asking: bool = False) -> Sample:
-        """What is there once that is enough, or the time is up. Some requests meanwhile let pools end idle threads."""
+    async def until(self, enough: Callable[[Sample], bool], seconds: float) -> Sample:
+        """What is there once that is enough, or the time is up."""
         until = time.monotonic() + seconds
-        headers, body = form({"t": 1}, blank(8))
+        while not enough(now := await self.look()) and time.monotonic() < until:
+            await asyncio.sleep(WATCH_S)
+        return now
+
+    async def idle(self, enough: Callable[[Sample], bool] = lambda now: True, seconds: float = 0.0) -> Sample:
+        """The same after requests for which pools begin the threads that they keep, and end others in time."""
+        until = time.monotonic() + seconds
+        headers, body = form({"t": 1, "fit": "model"}, blank(500))
+        upload = wire.request("POST", "/noise", headers, body)
         while True:
-            if asking:
-                await self.pool.ask(wire.request("POST", "/noise", headers, body))
-                await self.pool.ask(wire.request("POST", "/generate"))
+            async with wire.pool(self.pool.url) as pool:
+                await asyncio.gather(*(pool.ask(upload) for _ in range(2 * (os.cpu_count() or 1))))
+                await pool.ask(wire.request("POST", "/generate"))
+            await asyncio.sleep(WATCH_S)
             if enough(now := await self.look()) or time.monotonic() > until:
                 return now
-            await asyncio.sleep(WATCH_S)
 
     def windows(self, after_s: float) -> list[list[Sample]]:
         """The samples since then in equal parts."""
@@ -179,7 +188,7 @@ async def under_load(server: Server, references: References, seconds: float) -> 
     calibration_s = min(CALIBRATION_S, CALIBRATION * seconds)
     async with wire.pool(server.url) as of_watch:
         watch = Watch(server, of_watch)
-        before = await watch.until(lambda now: True, 0, asking=True)
+        before = await watch.idle()
         async with wire.pool(server.url) as pool:
             crowd = Crowd(pool, references)
             watching = asyncio.create_task(watch.follow(crowd))
@@ -190,9 +199,7 @@ async def under_load(server: Server, references: References, seconds: float) -> 
             await asyncio.wait([watching])
         emptied = await watch.until(lambda now: now.slots == 0, SLOTS_S)
         kept = await kept_of_uploads(server.url)
-        after = await watch.until(
-            lambda now: now.files <= before.files and now.threads <= before.threads, SETTLE_S, asking=True
-        )
+        after = await watch.idle(lambda now: now.files <= before.files and now.threads <= before.threads, SETTLE_S)
     windows = watch.windows(min(max(WARM_UP_S, WARM_UP * seconds), seconds / 2))
     rss_mb = [round(statistics.median(sample.rss_mb for sample in window), 1) for window in windows]
     growth = rss_mb[-1] / rss_mb[0] - 1 if len(windows[0]) >= FEWEST else 0.0

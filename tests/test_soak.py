@@ -14,7 +14,7 @@ from benchmarks.crowd import Crowd, Reference, essence
 from benchmarks.soak import complaints, soak
 from benchmarks.wire import Pool, Reply
 
-SECONDS = 12.0
+SECONDS = 10.0
 
 
 def test_under_a_mixed_load_every_byte_is_right_and_nothing_is_lost_or_kept(model_dir: Path) -> None:

@@ -15,7 +15,7 @@ class Bounds:
 
     slots: int  # images
     flow_slots: int | None = None  # images of one flow; None: as many as of all
-    queue_s: float | None = None  # seconds that a request may wait for others; None: as long as it takes
+    queue_s: float | None = None  # seconds of accepted work, beyond which nothing more is; None: no such bound
 
 
 def admit(
@@ -45,18 +45,17 @@ def admit(
             f"and this request asks for {params.slots}",
             until_free_s(missing, params.flow),
         )
+    queued_s = step_time.finish_s(scheduler.work, 0, scheduler.rows, rows_limit) if slots else 0.0
+    if bounds.queue_s is not None and queued_s > bounds.queue_s:
+        raise EngineBusy(
+            "queue_long",
+            f"{queued_s:.1f} s of work are queued, {bounds.queue_s:g} are allowed",
+            queued_s - bounds.queue_s,
+        )
     needed_s = step_time.finish_s(*scheduler.left_of_new(params.flow, params.images), rows_limit)
-    if slots:
-        alone = Scheduler().left_of_new(params.flow, params.images)
-        waits_s = needed_s - step_time.finish_s(*alone, rows_limit)
-        if bounds.queue_s is not None and waits_s > bounds.queue_s:
-            raise EngineBusy(
-                "queue_long",
-                f"it would wait for {waits_s:.1f} s, of which {bounds.queue_s:g} are allowed",
-                waits_s - bounds.queue_s,
-            )
     if params.deadline_s is not None and needed_s > params.deadline_s:
-        alone_s = step_time.finish_s(*Scheduler().left_of_new(params.flow, params.images), rows_limit, lately=False)
+        alone = Scheduler().left_of_new(params.flow, params.images)
+        alone_s = step_time.finish_s(*alone, rows_limit, lately=False)
         if slots or alone_s > params.deadline_s:  # an idle engine may have become faster than it was lately
             raise DeadlineTooSoon(needed_s, alone_s)
     return needed_s

@@ -222,7 +222,7 @@ def test_pictures_of_an_answer_are_bounded_together(make_service: Callable[..., 
 
 
 def test_the_queue_is_bounded_in_seconds_too(make_service: Callable[..., Service], hold: threading.Event) -> None:
-    """An idle engine takes anything, and what would wait too long is refused; what goes first is not."""
+    """An idle engine takes anything; beyond the bound nothing more, however small."""
     service = make_service(queue_s=0.5)
     engine = service.app.state.engine
     hold.clear()
@@ -231,16 +231,13 @@ def test_the_queue_is_bounded_in_seconds_too(make_service: Callable[..., Service
         long = asyncio.ensure_future(service.client.post("/generate", json={"n": 64, "steps": 1000, "sampler": "ddpm"}))
         while engine.scheduler.slots < 64:
             await asyncio.sleep(0.01)
-        refused = await service.client.post("/generate", json={"n": 64, "steps": 1000, "sampler": "ddpm"})
-        assert "of which 0.5 are allowed" in assert_problem(refused, 429)["detail"]
+        refused = await service.client.post("/generate", json={"steps": 1})
+        assert "s of work are queued, 0.5 are allowed" in assert_problem(refused, 429)["detail"]
         retry = int(refused.headers["retry-after"])
-        small = asyncio.ensure_future(service.client.post("/generate", json={"steps": 1}))
-        while engine.scheduler.slots < 65:
-            await asyncio.sleep(0.01)
         long.cancel()
         engine.cancel(next(iter(engine._jobs)).removeprefix("/"))
         hold.set()
-        after = await small
+        after = await service.client.post("/generate", json={"steps": 1})
         with contextlib.suppress(asyncio.CancelledError):
             await long
         return refused.status_code, retry, after.status_code
@@ -402,10 +399,11 @@ def test_a_client_that_has_sent_more_and_leaves_is_seen_to_leave(tight: Server) 
 def test_connections_that_end_badly_do_not_spoil_the_end(model_dir: Path) -> None:
     """Many that were answered 400 and read nothing are being closed when SIGTERM comes."""
     with server(model=model_dir, exact=False, drain_s=2) as it:
-        connections = [it.connect() for _ in range(40)]
+        connections = [it.connect() for _ in range(20)]
         for i, connection in enumerate(connections):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * (20 + 3 * i) + b"no http\r\n\r\n")
+            with contextlib.suppress(OSError):  # it may have been closed already
+                connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * (20 + 6 * i) + b"no http\r\n\r\n")
         time.sleep(0.5)
         it.process.send_signal(signal.SIGTERM)
         assert it.process.wait(30) == 0
