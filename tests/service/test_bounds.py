@@ -398,8 +398,8 @@ def test_a_client_that_has_sent_more_and_leaves_is_seen_to_leave(tight: Server) 
 
 def test_connections_that_end_badly_do_not_spoil_the_end(model_dir: Path) -> None:
     """Many that were answered 400 and read nothing are being closed when SIGTERM comes."""
-    with server(model=model_dir, exact=False, drain_s=2) as it:
-        connections = [it.connect() for _ in range(20)]
+    with server(model=model_dir, exact=False, drain_s=2) as it, contextlib.ExitStack() as opened:
+        connections = [opened.enter_context(it.connect()) for _ in range(20)]
         for i, connection in enumerate(connections):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             with contextlib.suppress(OSError):  # it may have been closed already
