@@ -15,7 +15,7 @@ class Bounds:
 
     slots: int  # images
     flow_slots: int | None = None  # images of one flow; None: as many as of all
-    queue_s: float | None = None  # seconds of accepted work, beyond which nothing more is; None: no such bound
+    queue_s: float | None = None  # seconds that a request may wait for its first step; None: any
 
 
 def admit(
@@ -45,12 +45,13 @@ def admit(
             f"and this request asks for {params.slots}",
             until_free_s(missing, params.flow),
         )
-    queued_s = step_time.finish_s(scheduler.work, 0, scheduler.rows, rows_limit) if slots else 0.0
-    if bounds.queue_s is not None and queued_s > bounds.queue_s:
+    ahead = scheduler.ahead_of_new(params.flow, params.images)
+    wait_s = step_time.finish_s(ahead, 0, scheduler.rows, rows_limit)
+    if bounds.queue_s is not None and wait_s > bounds.queue_s:
         raise EngineBusy(
             "queue_long",
-            f"{queued_s:.1f} s of work are queued, {bounds.queue_s:g} are allowed",
-            queued_s - bounds.queue_s,
+            f"this request would wait {wait_s:.1f} s for its first step, {bounds.queue_s:g} s are allowed",
+            wait_s - bounds.queue_s,
         )
     needed_s = step_time.finish_s(*scheduler.left_of_new(params.flow, params.images), rows_limit)
     if params.deadline_s is not None and needed_s > params.deadline_s:

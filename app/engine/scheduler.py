@@ -178,6 +178,11 @@ class Scheduler:
         longest = max(steps for _, steps in images)
         return self._ahead(flow, (work, self._arrivals), work, work), longest, self.rows + sum(r for r, _ in images)
 
+    def ahead_of_new(self, flow: str, images: Sequence[tuple[int, int]]) -> int:
+        """Row-steps until a request that would enter now makes its first."""
+        work = sum(rows * steps for rows, steps in images)
+        return self._ahead(flow, (work, self._arrivals), 0, 0)
+
     def _ahead(self, flow: str, rank: tuple[int, int], work: int, new: int) -> int:
         """Row-steps until a request of this flow, rank and work ends: its own, and what goes before it or beside it.
 

@@ -160,6 +160,8 @@ def test_predictions_count_what_goes_before() -> None:
     assert work == 640 + 1000
     work, _, _ = scheduler.left_of_new("another key", [(1, 10)])
     assert 20 <= work <= 24  # half of the machine is its own
+    assert scheduler.ahead_of_new("", [(2, 10)]) == scheduler.ahead_of_new("another key", [(1, 10)] * 100) == 0
+    assert scheduler.ahead_of_new("", [(1, 10)] * 100) == 640
 
 
 def test_the_wait_for_room_counts_the_work_before_it() -> None:
