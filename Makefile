@@ -11,8 +11,9 @@ UV := env -u PIP_FIND_LINKS -u VIRTUAL_ENV $(BIN)/uv pip
 serve: .venv/service
 	DDPM_PORT=$(PORT) $(BIN)/python -m app
 
+# Threads of several processes must not spin for work on the same cores.
 test: check
-	$(BIN)/python -m pytest -m "not slow" --durations=10
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow" --durations=10 -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv/test
 	$(BIN)/ruff format --check .
