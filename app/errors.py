@@ -160,24 +160,15 @@ def answer(
     )
 
 
-def to_response(
-    request: Request,
-    status: int,
-    slug: str,
-    detail: str,
-    *,
-    errors: list[dict[str, Any]] | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
-    """A problem as the answer to a request."""
-    request_id = request.scope.get("state", {}).get("request_id", "")
-    return answer(request_id, status, slug, detail, errors=errors, headers=headers)
+def _id(request: Request) -> str:
+    request_id: str = request.scope.get("state", {}).get("request_id", "")
+    return request_id
 
 
 async def _on_problem(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Problem)
-    return to_response(
-        request, error.status, error.slug, error.detail, errors=error.errors, headers=error.headers
+    return answer(
+        _id(request), error.status, error.slug, error.detail, errors=error.errors, headers=error.headers
     )  # fmt: skip
 
 
@@ -190,15 +181,15 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     slug = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
     detail = f"{request.method} {request.scope['path']}: {error.detail}{_hint(request)}"
-    return to_response(request, error.status_code, slug, detail, headers=error.headers)
+    return answer(_id(request), error.status_code, slug, detail, headers=error.headers)
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
-    request_id = request.scope.get("state", {}).get("request_id", "")
+    request_id = _id(request)
     log.error(
         "request %s: unexpected error in %s %s", request_id, request.method, request.scope["path"], exc_info=error
     )
-    return to_response(request, 500, "internal-error", "an unexpected error; the server's log has it by request id")
+    return answer(request_id, 500, "internal-error", "an unexpected error; the server's log has it by request id")
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:

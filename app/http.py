@@ -66,12 +66,12 @@ class Outermost:
             app: ASGIApp = self.app
             most: int = scope["app"].state.settings.max_header_bytes
             if given is not None and not valid:
-                app = errors.to_response(
-                    Request(scope), 422, "invalid", "X-Request-Id must be 1 to 64 characters of A-Z a-z 0-9 . _ -"
+                app = errors.answer(
+                    request_id, 422, "invalid", "X-Request-Id must be 1 to 64 characters of A-Z a-z 0-9 . _ -"
                 )
             elif _head_bytes(scope) > most:  # h11 counts a head only as long as it is not whole
                 detail = f"the head of the request is over the limit of {most:,} bytes"
-                app = errors.to_response(Request(scope), 431, errors.HEAD_TOO_LARGE, detail)
+                app = errors.answer(request_id, 431, errors.HEAD_TOO_LARGE, detail)
             await app(scope, receive, send_on)
 
 
