@@ -1,6 +1,5 @@
 """The service with a fault in it, as a process: `python -m tests.service.faulty`, the fault named by FAULT.
 
-one-step-late    a step takes 0.2 s
 out-of-memory    a step of more than two network rows does not fit
 nan              images of label 8 become NaN
 thread-dies      a step of label 9 ends the worker thread
