@@ -35,7 +35,7 @@ class Settings(BaseSettings):
         None,
         gt=0,
         le=86_400,
-        description="Seconds that a request may wait for its first step, else it gets 429; unset: any.",
+        description="Seconds until its first step that a request may expect when it comes; beyond, 429; unset: any.",
     )
     key_slots: int | None = Field(
         None, ge=1, description="Images of one API key that may wait or run; unset: with several keys, half of all."

@@ -15,7 +15,7 @@ class Bounds:
 
     slots: int  # images
     flow_slots: int | None = None  # images of one flow; None: as many as of all
-    queue_s: float | None = None  # seconds that a request may wait for its first step; None: any
+    queue_s: float | None = None  # seconds until its first step that a request may expect; None: any
 
 
 def admit(
