@@ -118,7 +118,7 @@ def test_a_client_ends_its_own_request_by_id(running: Server) -> None:
 
 
 def test_an_image_has_the_same_bytes_in_another_process_and_in_company(model_dir: Path, running: Server) -> None:
-    """No cache could help: one process draws each image alone, the other draws all of them at once among others."""
+    """No cache could help: one process draws each image alone, the other all at once, beside sixty-four others."""
     bodies = [
         {
             "seed": 100 + i, "label": i, "steps": 5 + i, "guidance_scale": [1, 3][i % 2],
@@ -127,13 +127,15 @@ def test_an_image_has_the_same_bytes_in_another_process_and_in_company(model_dir
         for i in range(8)
     ]  # fmt: skip
     alone = [running.post("/generate", json=body).content for body in bodies]
-    with server(model=model_dir) as it, ThreadPoolExecutor(16) as pool:
-        company = [pool.submit(it.post, "/generate", json={"n": 9, "seed": s}) for s in range(4)]
-        together = [pool.submit(it.post, "/generate", json=body) for body in bodies]
-        assert [future.result().content for future in together] == alone
-        assert all(future.result().status_code == 200 for future in company)
-        rows, steps = it.metric("batch_rows_sum"), it.metric("step_seconds_count")
-        assert rows / steps > 2  # they did share their batches
+    with server(model=model_dir, batch_rows=8) as it, ThreadPoolExecutor(16) as pool:
+        head = "POST /generate HTTP/1.1\r\nContent-Type: application/json"
+        with it.send(head, LONG):  # it fills what a step has left
+            until(lambda: it.metric("slots_running") > 0, "the company never ran")
+            together = [pool.submit(it.post, "/generate", json=body) for body in bodies]
+            assert [future.result().content for future in together] == alone
+            rows, steps = it.metric("batch_rows_sum"), it.metric("step_seconds_count")
+            assert rows / steps > 4
+            assert it.metric("slots_waiting") + it.metric("slots_running") == 64  # it was there all the time
     assert len(set(alone)) == len(alone)
 
 
