@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from app import logs
 from app.connections import SPARE, bounded
-from app.engine.engine import Engine
+from app.engine.engines import Engines
 from app.main import LAST_WORDS_S, ONE_PROCESS, create_app
 from app.settings import Settings
 
@@ -33,9 +33,9 @@ SECOND_SIGNAL_S = 1.0  # signals closer than this are one: shells and supervisor
 class Server(uvicorn.Server):
     """uvicorn, but its listener stays open while accepted work is finished: probes and new clients get an answer."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, engines: Engines, drain_s: float) -> None:
         super().__init__(config)
-        self.engine, self.drain_s = engine, drain_s
+        self.engines, self.drain_s = engines, drain_s
         self.signalled_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -49,11 +49,11 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: ends the service once nothing accepted is left, or the drain time is up."""
         if self.signalled_at is not None and not self.should_exit:
-            self.engine.drain()
+            self.engines.drain()
             left_s = self.signalled_at + self.drain_s - time.monotonic()
-            if self.engine.idle or left_s <= 0:
+            if self.engines.idle or left_s <= 0:
                 self.config.timeout_graceful_shutdown = max(LAST_WORDS_S, math.ceil(left_s))
-                self.engine.stop(0)
+                self.engines.stop(0)
                 self.should_exit = True
         return await super().on_tick(counter)
 
@@ -91,27 +91,27 @@ def main() -> int:
             print(f"error: {name}{e['msg']}", file=sys.stderr)
         return 2
     app = create_app(settings)
-    engine: Engine = app.state.engine
+    engines: Engines = app.state.engines
     logging.config.dictConfig(logs.CONFIG)
     files = _files_for(settings.max_connections + SPARE)
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, http=bounded(settings, engine.metrics, files), ws="none",
+        app, host=settings.host, port=settings.port, http=bounded(settings, app.state.metrics, files), ws="none",
         server_header=False, h11_max_incomplete_event_size=settings.max_header_bytes, log_config=None,
     )  # fmt: skip
     if config.workers > 1:
         print(f"error: WEB_CONCURRENCY={config.workers}: {ONE_PROCESS}", file=sys.stderr)
         return 2
     _give_memory_back()
-    server = Server(config, engine, settings.drain_s)
+    server = Server(config, engines, settings.drain_s)
 
     def on_failure(error: BaseException) -> None:
-        if engine.info is None:  # it never became ready: nothing to serve
+        if not engines.ready:  # a model that cannot be loaded: nothing to serve
             server.should_exit = True
 
-    engine.on_failure = on_failure
+    engines.on_failure(on_failure)
     server.run()
-    if engine.failure is not None:
-        print(f"error: {engine.failure}", file=sys.stderr)
+    if engines.failure is not None:
+        print(f"error: {engines.failure}", file=sys.stderr)
         return 1
     return 0
 

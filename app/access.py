@@ -46,7 +46,7 @@ class Access:
 
     @staticmethod
     def _unauthorized(request: Request, detail: str) -> errors.Unauthorized:
-        request.app.state.engine.metrics.refused.labels("unauthorized").inc()
+        request.app.state.metrics.refused.labels("unauthorized").inc()
         return errors.Unauthorized(detail, headers={"WWW-Authenticate": "Bearer"})
 
 

@@ -130,15 +130,26 @@ def _readable(text: str, most: int = 2000) -> str:
     return short.encode("utf-8", "replace").decode()
 
 
-def body(request_id: str, status: int, slug: str, detail: str, errors: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """A problem as JSON."""
+def body(
+    request_id: str, status: int, slug: str, detail: str, errors: list[dict[str, Any]] | None, path: str = ""
+) -> dict[str, Any]:
+    """A problem as JSON; under the paths of protocols that others defined with what their clients read, `error`."""
+    detail = _readable(detail)
+    error: dict[str, Any] = {}
+    if path.startswith("/v2"):
+        error = {"error": detail}
+    elif path.startswith("/v1"):
+        error = {
+            "error": {"message": detail, "type": slug, "code": slug, "param": errors[0]["field"] if errors else None}
+        }
     return {
         "type": f"urn:ddpm:problem:{slug}",
         "title": http.HTTPStatus(status).phrase,
         "status": status,
-        "detail": _readable(detail),
+        "detail": detail,
         "instance": f"/requests/{request_id}",
         **({} if errors is None else {"errors": errors}),
+        **error,
     }
 
 
@@ -150,10 +161,11 @@ def answer(
     *,
     errors: list[dict[str, Any]] | None = None,
     headers: Mapping[str, str] | None = None,
+    path: str = "",
 ) -> JSONResponse:
-    """A problem as an answer."""
+    """A problem as an answer, under a path."""
     return JSONResponse(
-        body(request_id, status, slug, detail, errors),
+        body(request_id, status, slug, detail, errors, path),
         status,
         {**SECURITY_HEADERS, "X-Request-Id": request_id, **(headers or {})},
         media_type=MEDIA_TYPE,
@@ -168,7 +180,8 @@ def _id(request: Request) -> str:
 async def _on_problem(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Problem)
     return answer(
-        _id(request), error.status, error.slug, error.detail, errors=error.errors, headers=error.headers
+        _id(request), error.status, error.slug, error.detail, errors=error.errors, headers=error.headers,
+        path=request.scope["path"],
     )  # fmt: skip
 
 
@@ -181,7 +194,9 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     slug = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
     detail = f"{request.method} {request.scope['path']}: {error.detail}{_hint(request)}"
-    return answer(_id(request), error.status_code, slug, detail, headers=error.headers)
+    return answer(
+        _id(request), error.status_code, slug, detail, headers=error.headers, path=request.scope["path"]
+    )  # fmt: skip
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
@@ -189,7 +204,8 @@ async def _on_bug(request: Request, error: Exception) -> JSONResponse:
     log.error(
         "request %s: unexpected error in %s %s", request_id, request.method, request.scope["path"], exc_info=error
     )
-    return answer(request_id, 500, "internal-error", "an unexpected error; the server's log has it by request id")
+    detail = "an unexpected error; the server's log has it by request id"
+    return answer(request_id, 500, "internal-error", detail, path=request.scope["path"])
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,13 +17,16 @@ from app import errors
 from app.access import Access
 from app.engine.admission import Bounds
 from app.engine.engine import Engine
+from app.engine.engines import Engines
 from app.engine.runner import Runner
 from app.http import Outermost
-from app.routes import denoise, docs, generate, health, image_urls, metrics, noise, requests
+from app.metrics import Metrics
+from app.routes import capabilities, denoise, docs, generate, health, image_urls, metrics, noise, oip, requests
 from app.routes.common import PROBLEM
 from app.settings import Settings
 from app.uploads import Uploads
 from ddpm_core import __version__
+from ddpm_core.hub import name_of
 
 LAST_WORDS_S = 2  # for answers on their way, and for the worker thread, when everything else has ended
 ONE_PROCESS = "one process serves one device, and shares its batches among all requests; for more, start more replicas"
@@ -30,20 +35,17 @@ ONE_PROCESS = "one process serves one device, and shares its batches among all r
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The service as an ASGI application; its lifespan starts the engine and drains it at the end."""
     settings = settings or Settings()
-    engine = Engine(
-        lambda: Runner.load(settings.model, settings.device, settings.model_sha256),
-        bounds=Bounds(settings.queue_slots, settings.slots_of_key, settings.queue_s),
-        exact=settings.exact, batch_rows=settings.batch_rows,
-    )  # fmt: skip
+    counted = Metrics()
+    engines = _engines(settings, counted)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if multiprocessing.parent_process() is not None:
             raise RuntimeError(f"--workers: {ONE_PROCESS}")
-        engine.start()
+        engines.start()
         yield
         # One that serves is drained here (under another server than ours); one that drained, failed or loads is not.
-        await run_in_threadpool(engine.stop, settings.drain_s if engine.status == "ok" else LAST_WORDS_S)
+        await run_in_threadpool(engines.stop, settings.drain_s if engines.status == "ok" else LAST_WORDS_S)
 
     app = FastAPI(
         title="DDPM image service",
@@ -57,8 +59,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         responses={422: PROBLEM, 500: PROBLEM},
         openapi_url="/openapi.json" if settings.docs else None,
     )
-    app.state.settings, app.state.engine, app.state.sharing = settings, engine, image_urls.Sharing()
-    app.state.uploads = Uploads(settings, engine.metrics)
+    app.state.settings, app.state.engines, app.state.metrics = settings, engines, counted
+    app.state.sharing, app.state.uploads = image_urls.Sharing(), Uploads(settings, counted)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"],
@@ -69,7 +71,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     with_key: dict[str, Any] = (
         {"dependencies": [Depends(Access(settings.keys))], "responses": {401: PROBLEM}} if settings.keys else {}
     )
-    for module in (generate, denoise, image_urls, noise, requests):
+    for module in (generate, denoise, image_urls, noise, requests, capabilities, oip):
         app.include_router(module.router, **with_key)
     for router in (health.router, metrics.router):
         app.include_router(router, **(with_key if settings.metrics_key else {}))
@@ -79,3 +81,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         schema = app.openapi()["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
         schema["properties"]["n"]["maximum"] = settings.max_images
     return app
+
+
+def _engines(settings: Settings, metrics: Metrics) -> Engines:
+    """An engine for each model; they load, and make their steps, one at a time."""
+    device = threading.Lock()
+
+    def engine(model: str, sha256: str | None) -> Engine:
+        return Engine(
+            lambda: Runner.load(model, settings.device, sha256),
+            bounds=Bounds(settings.queue_slots, settings.slots_of_key, settings.queue_s),
+            exact=settings.exact, batch_rows=settings.batch_rows, name=name_of(model), metrics=metrics, device=device,
+        )  # fmt: skip
+
+    return Engines([engine(*pair) for pair in itertools.zip_longest(settings.served, settings.model_sha256)])

@@ -1,4 +1,4 @@
-"""What /metrics says: Prometheus metrics of one engine, in a registry of their own."""
+"""What /metrics says: Prometheus metrics of one process and of the engine of each model, in one registry."""
 
 from __future__ import annotations
 
@@ -43,40 +43,56 @@ class Watched(Protocol):
 
 
 class Metrics:
-    """`_total` counts, `_seconds` measures, limits are gauges beside what they bound."""
+    """Of one process: `_total` counts, `_seconds` measures, limits are gauges beside what they bound."""
 
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
-        self.slots_running = Gauge("ddpm_slots_running", "Images that have begun and are not done.", registry=r)
-        self.slots_waiting = Gauge("ddpm_slots_waiting", "Images that have not begun.", registry=r)
-        self.slots_limit = Gauge("ddpm_slots_limit", "Images that may wait or run at once.", registry=r)
-        self.batch_rows_limit = Gauge("ddpm_batch_rows_limit", "Network rows of a full step.", registry=r)
-        self.requests = Counter("ddpm_requests", "Accepted requests that ended.", ["outcome"], registry=r)
+        of = ["model"]
+        self.slots_running = Gauge("ddpm_slots_running", "Images that have begun and are not done.", of, registry=r)
+        self.slots_waiting = Gauge("ddpm_slots_waiting", "Images that have not begun.", of, registry=r)
+        self.slots_limit = Gauge("ddpm_slots_limit", "Images that may wait or run at once.", of, registry=r)
+        self.batch_rows_limit = Gauge("ddpm_batch_rows_limit", "Network rows of a full step.", of, registry=r)
+        self.requests = Counter("ddpm_requests", "Accepted requests that ended.", [*of, "outcome"], registry=r)
         self.refused = Counter("ddpm_refused", "Requests that were not accepted.", ["reason"], registry=r)
-        self.images = Counter("ddpm_images", "Images drawn.", registry=r)
-        self.step = Histogram("ddpm_step_seconds", "One step of a batch.", buckets=STEP_S, registry=r)
+        self.images = Counter("ddpm_images", "Images drawn.", of, registry=r)
+        self.step = Histogram("ddpm_step_seconds", "One step of a batch.", of, buckets=STEP_S, registry=r)
         self.rows = Histogram(
-            "ddpm_batch_rows", "Network rows of a step, padding not counted.", buckets=ROWS, registry=r
+            "ddpm_batch_rows", "Network rows of a step, padding not counted.", of, buckets=ROWS, registry=r
         )
-        self.padding = Counter("ddpm_padding_rows", "Network rows that only filled a batch up.", registry=r)
-        self.wasted = Counter("ddpm_wasted_steps", "Steps of images that nobody got.", registry=r)
-        self.queue = Histogram("ddpm_queue_seconds", "Until a request's first step.", buckets=WAIT_S, registry=r)
-        self.wait = Histogram("ddpm_wait_seconds", "Until a request's last step.", buckets=WAIT_S, registry=r)
+        self.padding = Counter("ddpm_padding_rows", "Network rows that only filled a batch up.", of, registry=r)
+        self.wasted = Counter("ddpm_wasted_steps", "Steps of images that nobody got.", of, registry=r)
+        self.queue = Histogram("ddpm_queue_seconds", "Until a request's first step.", of, buckets=WAIT_S, registry=r)
+        self.wait = Histogram("ddpm_wait_seconds", "Until a request's last step.", of, buckets=WAIT_S, registry=r)
         self.predicted = Histogram(
-            "ddpm_wait_predicted_seconds", "The same, as predicted when it was accepted.", buckets=WAIT_S, registry=r
-        )
-        self.ratio = Histogram("ddpm_wait_ratio", "Real over predicted wait.", buckets=RATIO, registry=r)
-        for outcome in ("completed", "cancelled", "failed", "deadline"):
-            self.requests.labels(outcome)
+            "ddpm_wait_predicted_seconds", "The same, as predicted when it was accepted.", of, buckets=WAIT_S,
+            registry=r,
+        )  # fmt: skip
+        self.ratio = Histogram("ddpm_wait_ratio", "Real over predicted wait.", of, buckets=RATIO, registry=r)
         for reason in REFUSALS:
             self.refused.labels(reason)
 
-    def watch(self, engine: Watched) -> None:
-        """Reads the gauges from an engine whenever they are asked for."""
-        self.slots_limit.set(engine.bounds.slots)
-        self.slots_running.set_function(lambda: engine.scheduler.running)
-        self.slots_waiting.set_function(lambda: engine.scheduler.waiting)
-        self.batch_rows_limit.set_function(lambda: engine.rows_limit)
+
+class EngineMetrics:
+    """Those of one engine: what all metrics of a process say of its model."""
+
+    def __init__(self, metrics: Metrics, model: str, engine: Watched) -> None:
+        self.registry, self.refused = metrics.registry, metrics.refused
+        self._requests, self._model = metrics.requests, model
+        self.images, self.padding = metrics.images.labels(model), metrics.padding.labels(model)
+        self.wasted = metrics.wasted.labels(model)
+        self.step, self.rows = metrics.step.labels(model), metrics.rows.labels(model)
+        self.queue, self.wait = metrics.queue.labels(model), metrics.wait.labels(model)
+        self.predicted, self.ratio = metrics.predicted.labels(model), metrics.ratio.labels(model)
+        for outcome in ("completed", "cancelled", "failed", "deadline"):
+            metrics.requests.labels(model, outcome)
+        metrics.slots_limit.labels(model).set(engine.bounds.slots)
+        metrics.slots_running.labels(model).set_function(lambda: engine.scheduler.running)
+        metrics.slots_waiting.labels(model).set_function(lambda: engine.scheduler.waiting)
+        metrics.batch_rows_limit.labels(model).set_function(lambda: engine.rows_limit)
+
+    def ended(self, outcome: str) -> None:
+        """An accepted request has ended."""
+        self._requests.labels(self._model, outcome).inc()
 
     def completed(self, images: int, waited_s: float, predicted_s: float) -> None:
         """A request was served."""

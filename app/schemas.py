@@ -29,6 +29,9 @@ class GenerateRequest(_Body):
         | None,
         Field(description="What to draw: one label for all, or a list of n with nulls for unconditional ones."),
     ] = None
+    model: Annotated[
+        str | None, Field(max_length=200, description="Its name or id, of those at /capabilities; absent: the first.")
+    ] = None
     sampler: Annotated[
         Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "ipndm", "unipc", "learned", "fast", "balanced", "reference"],
         Field(
@@ -93,6 +96,9 @@ class NoiseRequest(_Body):
     """The text fields of POST /noise."""
 
     t: Annotated[str, Field(pattern=r"^\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*$", description="0 .. T-1, or several: 0,250,999")]
+    model: Annotated[
+        str | None, Field(max_length=200, description="Whose schedule noises; absent: that of the first.")
+    ] = None
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
     fit: Literal["none", "model"] = "none"
     response_format: Literal["png", "b64_json"] | None = None
@@ -141,6 +147,43 @@ class NoiseResponse(_Body):
     images: list[NoisedImage]
 
 
+class SamplerCapabilities(_Body):
+    name: str = Field(description="What `sampler` may be.")
+    preset: bool
+    sampler: str = Field(description="What it stands for.")
+    steps: int = Field(description="Where `steps` is absent.")
+    steps_allowed: list[int] | None = Field(description="null: 1 .. num_train_steps.")
+
+
+class ModelCapabilities(_Body):
+    name: str
+    id: str = Field(description="name@first 12 of the weights' sha256; either is a `model`.")
+    sha256: str
+    image_shape: list[int] = Field(description="[C, H, W]")
+    num_train_steps: int = Field(description="T: t is 0 .. T-1.")
+    num_classes: int = Field(description="Labels are 0 .. num_classes - 1; 0: it takes none.")
+    class_names: list[str] = Field(description="Of the labels; empty: they are called by their numbers.")
+    unlabelled: bool = Field(description="Whether `label` may be null.")
+    guidance: bool = Field(description="Whether `guidance_scale` may be other than 1.")
+    denoise: bool = Field(description="Whether /denoise takes it.")
+    samplers: list[SamplerCapabilities]
+
+
+class Limits(_Body):
+    n: int = Field(description="Images of one request.")
+    scale: int
+    image_pixels: int = Field(description="Of an uploaded image, and of all images of an answer.")
+    json_bytes: int
+    body_bytes: int
+    queue_slots: int = Field(description="Images of one model that may wait or run.")
+
+
+class Capabilities(_Body):
+    version: str
+    models: list[ModelCapabilities] = Field(description="The first is what a request means that names none.")
+    limits: Limits
+
+
 class EngineHealth(_Body):
     slots_running: int = Field(description="Images that have begun.")
     slots_waiting: int = Field(description="Images that have not begun.")
@@ -151,12 +194,18 @@ class EngineHealth(_Body):
     exactness: str | None = Field(description="The same in words.")
 
 
-class Health(_Body):
+class ModelHealth(_Body):
     status: Literal["ok", "starting", "draining", "failed"]
     device: str | None
-    model: str | None
+    model: str
     sha256: str | None
     engine: EngineHealth
+
+
+class Health(ModelHealth):
+    """Of the first model, but for `status`: that is the worst of all."""
+
+    models: list[ModelHealth]
     version: str
 
 
@@ -169,6 +218,7 @@ class ProblemBody(BaseModel):
     detail: str
     instance: str
     errors: list[dict[str, Any]] | None = None
+    error: Any = Field(None, description="Under /v1 and /v2: the same as the clients of those protocols read it.")
 
 
 Body = TypeVar("Body", bound=BaseModel)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any
 
 from PIL import Image
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from ddpm_core.hub import name_of
 
 MIN_KEY = 16  # characters of an API key
 
@@ -20,17 +21,24 @@ class Settings(BaseSettings):
         env_prefix="DDPM_", frozen=True, protected_namespaces=(), hide_input_in_errors=True
     )
 
-    model: Path = Field(Path("weights/mnist"), description="Model directory to serve.")
-    model_sha256: str | None = Field(
-        None,
-        pattern="^[0-9a-f]{12,64}$",
-        description="Start only with these weights: their sha256, or its first 12 digits or more.",
+    model: str = Field(
+        "weights/mnist",
+        min_length=1,
+        description="Model to serve: a directory, or owner/name[@revision] of the Hugging Face hub.",
+    )
+    models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Several models instead, comma-separated; requests name one, or mean the first."
+    )
+    model_sha256: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Start only with these weights: their sha256, or its first 12 digits or more; one a model."
     )
     device: str = Field("auto", description="auto (CUDA where there is one, else the CPU), cpu, cuda, cuda:1, ...")
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
     max_images: int = Field(64, ge=1, le=4096, description="Images one request may ask for.")
-    queue_slots: int = Field(1024, ge=1, description="Images that may wait or run before requests get 429.")
+    queue_slots: int = Field(
+        1024, ge=1, description="Images of one model that may wait or run before requests get 429."
+    )
     queue_s: float | None = Field(
         None,
         gt=0,
@@ -89,10 +97,34 @@ class Settings(BaseSettings):
         """The API keys."""
         return tuple(key.strip() for key in self.api_keys.get_secret_value().split(",") if key.strip())
 
-    @field_validator("cors_origins", mode="before")
+    @field_validator("cors_origins", "models", "model_sha256", mode="before")
     @classmethod
-    def _origins_of_text(cls, value: Any) -> Any:
+    def _list_of_text(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """Every model to serve; the first is the default."""
+        return self.models or (self.model,)
+
+    @model_validator(mode="after")
+    def _models_are_told_apart(self) -> Settings:
+        if self.models and "model" in self.model_fields_set:
+            raise ValueError("DDPM_MODEL and DDPM_MODELS are both set: set one of them")
+        names = [name_of(model) for model in self.served]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"DDPM_MODELS: {names.count(name)} models are called {name}: rename a directory")
+        if self.model_sha256 and len(self.model_sha256) != len(names):
+            raise ValueError(
+                f"DDPM_MODEL_SHA256 has {len(self.model_sha256)} entries for {len(names)} models: give one a model"
+            )
+        for pin in self.model_sha256:
+            if not re.fullmatch("[0-9a-f]{12,64}", pin):
+                raise ValueError(
+                    f"DDPM_MODEL_SHA256: {pin!r} must be the first 12 .. 64 digits of a sha256, lower case"
+                )
+        return self
 
     @property
     def slots_of_key(self) -> int | None:

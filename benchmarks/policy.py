@@ -67,7 +67,7 @@ class Machine:
 
 def this_machine() -> Machine:
     """As the engine finds it at its start."""
-    runner = Runner.load(ROOT / MODEL, "auto")
+    runner = Runner.load(str(ROOT / MODEL), "auto")
     exactness, step_time, rows_limit = prepare(runner, exact=True, batch_rows=None)
     return Machine(step_time, rows_limit, exactness.rows_multiple)
 

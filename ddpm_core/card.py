@@ -73,6 +73,7 @@ def notes(card: Mapping[str, Any]) -> list[str]:
     """What has to stand under the table for its figures to mean something."""
     metrics, floor, sampling, reference = card["metrics"], card["floor"], card["sampling"], card["reference"]
     balance, bits = metrics["class_balance"], _bits_note(card)
+    labels = "with labels of training images" if card["model"].get("needs_label") else "with no label"
     test_images, train_images = reference["test_images"], reference["train_images"]
     near, real_near = metrics["nearest_train_distance"]["value"], floor["nearest_train_distance"]["value"]
     return [
@@ -89,7 +90,7 @@ def notes(card: Mapping[str, Any]) -> list[str]:
         f"{test_images:,} test images are. The floor is the test images' own; a model that copies has more. "
         f"Ratio of the two medians: {near / max(real_near, 1e-12):.3f}.",
         *bits,
-        f"Class balance of {balance['samples']:,} images drawn with no label: rarest class "
+        f"Class balance of {balance['samples']:,} images drawn {labels}: rarest class "
         f"{balance['rarest_share']:.1%}, commonest {balance['commonest_share']:.1%}, chi-square "
         f"{balance['chi_square']:.1f} with {balance['degrees_of_freedom']} degrees of freedom against the training "
         "set's shares.",
@@ -171,14 +172,16 @@ def readme(card: Mapping[str, Any], sweep: Mapping[str, Any] | None = None) -> s
     labels = f"torch.arange({classes})" if classes else "None"
     count = classes or 10
     asked = f"list(range({count}))" if classes else f"[None] * {count}"
-    note = f'  # {classes} means "no label"' if classes else ""
+    no_label = classes and not model.get("needs_label")
+    note = f'  # {classes} means "no label"' if no_label else ""
     distilled_steps = model.get("distilled_steps")
     steps = distilled_steps or 50
     student = f"""
 It is distilled: trained to draw by DDIM with {steps} steps what its teacher draws with more. No other sampler fits
 it, it denoises from no other timesteps, and it has no likelihood.
 """
-    kind = f'class-conditional, {classes} classes and "no label"' if classes else "unconditional"
+    kind = f"class-conditional, {classes} classes" if classes else "unconditional"
+    kind += ' and "no label"' if no_label else ""
     training = "\n".join(f"{number}. {line}" for number, line in enumerate(history(card["training"]), 1))
     if training:
         training += "\n\nWeights are named by the first digits of their sha256; the whole record is in `training.json`."

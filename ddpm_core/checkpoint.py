@@ -3,8 +3,9 @@
     <model>/model_index.json  unet/config.json  unet/diffusion_pytorch_model.safetensors
             scheduler/scheduler_config.json
 
-The old flat layout (config.json, *.safetensors and scheduler_config.json side by side) is read too. Weights are
-safetensors only: nothing is ever unpickled. Every config field is honoured or refused by its name.
+The old flat layout (config.json, *.safetensors and scheduler_config.json side by side) is read too, and what older
+revisions wrote (legacy.py). Nothing but these files is read, and none is run. Every config field is honoured or refused
+by its name.
 """
 
 from __future__ import annotations
@@ -21,24 +22,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-from ddpm_core import learned, samplers
-from ddpm_core.denoiser import Denoiser
+from ddpm_core import learned, legacy, samplers, weights
+from ddpm_core.denoiser import Denoiser, Thresholding
 from ddpm_core.graph import export_graph
 from ddpm_core.network import GraphError, Network, OnnxNetwork, TorchNetwork
 from ddpm_core.plans import SamplingPlan
 from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.schedules import NoiseSchedule
 from ddpm_core.unet import UNet, UNetConfig
+from ddpm_core.weights import WEIGHTS_NAME as WEIGHTS_NAME
 
 log = logging.getLogger(__name__)
 
 RECORD_NAME = "training.json"  # of a model directory: how its weights came about
 CARD_NAME = "card.json"  # of a model directory: what was measured of its weights
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 GRAPH_NAME = "model.onnx"  # beside the weights: the network for ONNX Runtime
+COMPONENTS = ("unet", "scheduler", "noise_scheduler")  # of a pipeline that we run, in model_index.json
 
 
 class CheckpointError(ValueError):
@@ -56,7 +58,7 @@ class WriteError(OSError):
 class Model:
     """What a model directory holds, ready to run: the network in evaluation mode, and its schedule."""
 
-    name: str  # the directory's name
+    name: str  # the directory's name, where it was given no other
     sha256: str  # of the weights file
     net: UNet
     scheduler: SchedulerConfig
@@ -74,9 +76,24 @@ class Model:
         return self.scheduler.distilled_steps
 
     @property
+    def num_classes(self) -> int:
+        """Labels that a caller may ask for: 0 .. num_classes - 1; 0: it is unconditional."""
+        return self.config.num_classes
+
+    @property
     def null_label(self) -> int | None:
-        """The label index that means "no label"; None where the network takes no labels."""
-        return self.config.num_classes if self.config.num_class_embeds else None
+        """The label index that means "no label"; None where there is none."""
+        return self.config.null_label
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether its network is told a label in every call, if only the null label."""
+        return self.config.num_class_embeds is not None
+
+    @property
+    def needs_label(self) -> bool:
+        """Whether nothing can be drawn without a label: it takes labels and knows no "no label"."""
+        return self.takes_labels and self.null_label is None
 
     def network(self, device: torch.device, *, export: bool = False) -> Network:
         """The raw network on a device: ONNX Runtime on a CPU where the graph beside the weights fits, else torch.
@@ -113,8 +130,11 @@ class Model:
 
     def denoiser(self, network: Network) -> Denoiser:
         """x_0_hat(x_t, t, label) from calls of `network`, as this model's configs have it."""
-        clip = self.scheduler.clip_sample_range if self.scheduler.clip_sample else None
-        return Denoiser(network, self.scheduler.prediction_type, clip, self.null_label)
+        s = self.scheduler
+        clip: float | Thresholding | None = s.clip_sample_range if s.clip_sample else None
+        if s.thresholding:
+            clip = Thresholding(s.dynamic_thresholding_ratio, s.sample_max_value)
+        return Denoiser(network, s.prediction_type, clip, self.null_label, self.needs_label)
 
     def plan(
         self, sampler: str, steps: int | None = None, *, eta: float = 0.0, start: int | None = None
@@ -164,9 +184,11 @@ def to_json(value: object) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
-def save_model(directory: Path, weights: Mapping[str, Tensor], config: UNetConfig, scheduler: SchedulerConfig) -> str:
+def save_model(
+    directory: Path, state_dict: Mapping[str, Tensor], config: UNetConfig, scheduler: SchedulerConfig
+) -> str:
     """Writes a model directory that diffusers loads; its own pipelines pass no labels. Returns the weights' sha256."""
-    tensors = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in weights.items()}
+    tensors = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in state_dict.items()}
     content = save(tensors, metadata={"format": "pt"})
     index = {
         "_class_name": "DDPMPipeline",
@@ -180,45 +202,53 @@ def save_model(directory: Path, weights: Mapping[str, Tensor], config: UNetConfi
     return hashlib.sha256(content).hexdigest()
 
 
-def load_model(directory: Path) -> Model:
+def load_model(directory: Path, name: str | None = None) -> Model:
     """Reads a model directory, nested or flat.
+
+    Args:
+        directory: where it lies.
+        name: what the model is called; None: as its directory.
 
     Raises:
         CheckpointError: a file is missing, damaged, does not fit its config, or asks for what is not supported.
     """
     try:
-        nested = any(path.name == "unet" for path in directory.iterdir())
+        entries = {path.name for path in directory.iterdir()}
     except FileNotFoundError as error:
         message = f"no model directory at {directory}: train one with `python -m ddpm_core.train`"
         raise CheckpointError(message) from error
     except OSError as error:
         raise CheckpointError(f"{directory} is no model directory that can be read: {error.strerror}") from error
+    if "model_index.json" in entries:
+        _check_components(directory / "model_index.json")
+    nested = "unet" in entries
     unet_dir = directory / "unet" if nested else directory
     scheduler_dir = directory / "scheduler" if nested else directory
     config_path, scheduler_path = unet_dir / "config.json", scheduler_dir / "scheduler_config.json"
     fields = read_json(config_path)
     try:
-        config = UNetConfig.from_dict(fields)
+        config = UNetConfig.from_dict(legacy.unet_fields(fields))
         _ = config.image_shape
         net = UNet(config)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{config_path}: {error}") from error
     fields = read_json(scheduler_path)
     try:
-        scheduler = SchedulerConfig.from_dict(fields)
+        scheduler = SchedulerConfig.from_dict(legacy.scheduler_fields(fields))
         schedule = scheduler.schedule()
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{scheduler_path}: {error}") from error
-
-    weights_path = unet_dir / WEIGHTS_NAME
-    if not weights_path.is_file():
-        raise CheckpointError(f"{weights_path} is missing: only safetensors weights are read, never pickled ones")
+    try:
+        _check_fit(config, scheduler)
+    except ValueError as error:
+        raise CheckpointError(f"{config_path}: {error}") from error
+    try:
+        weights_path = weights.find(unet_dir)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     try:
         content = weights_path.read_bytes()  # once: the sha256 is of what is loaded, whoever writes meanwhile
-        weights = load(content)
-        _check_shapes(weights, net)
-        net.load_state_dict(weights)
-        _check_finite(net)
+        weights.fill(net, content)
     except OSError as error:
         raise CheckpointError(f"{weights_path} cannot be read: {error.strerror}") from error
     except SafetensorError as error:
@@ -226,9 +256,33 @@ def load_model(directory: Path) -> Model:
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{weights_path}: {error}") from error
     net.eval().requires_grad_(False)
-    name, sha256 = directory.resolve().name, hashlib.sha256(content).hexdigest()
+    sha256 = hashlib.sha256(content).hexdigest()
     plans = _learned_plans(directory / learned.PLANS_NAME, sha256)
-    return Model(name, sha256, net, scheduler, schedule, unet_dir / GRAPH_NAME, plans)
+    return Model(name or directory.resolve().name, sha256, net, scheduler, schedule, unet_dir / GRAPH_NAME, plans)
+
+
+def _check_components(path: Path) -> None:
+    """Raises CheckpointError where a pipeline has parts between its network and its images, as latent ones do."""
+    for part, what in read_json(path).items():
+        if not part.startswith("_") and part not in COMPONENTS and what not in (None, [None, None]):
+            raise CheckpointError(
+                f"{path}: component {part!r} is not supported: only a U-Net in the space of its images is; "
+                f"supported: {', '.join(COMPONENTS)}"
+            )
+
+
+def _check_fit(config: UNetConfig, scheduler: SchedulerConfig) -> None:
+    """Raises ValueError where a network and a process do not go together."""
+    if config.out_channels != config.in_channels:
+        raise ValueError(
+            f"out_channels={config.out_channels} must be in_channels={config.in_channels}: a network that gives its "
+            "own variance, or is given more than x_t, is not supported"
+        )
+    if config.time_embedding_type == "learned" and (config.num_train_timesteps or 0) < scheduler.num_train_timesteps:
+        raise ValueError(
+            f"num_train_timesteps={config.num_train_timesteps} of the learned time embedding must be at least the "
+            f"scheduler's, {scheduler.num_train_timesteps}"
+        )
 
 
 def verify(directory: Path, model: Model, sha256: str | None = None) -> None:
@@ -289,22 +343,6 @@ def _learned_plans(path: Path, sha256: str) -> dict[int, SamplingPlan]:
         raise CheckpointError(
             f"{path}: {error}; delete it, then fit it anew: `python -m ddpm_core.fit_plans`"
         ) from error
-
-
-def _check_shapes(weights: Mapping[str, Tensor], net: UNet) -> None:
-    wanted = {k: tuple(v.shape) for k, v in net.state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in weights.items()}
-    for key in wanted.keys() ^ found.keys():
-        raise ValueError(f"tensor {key!r} is {'missing' if key in wanted else 'not part of this config'}")
-    for key, shape in wanted.items():
-        if found[key] != shape:
-            raise ValueError(f"tensor {key!r} has shape {found[key]}, the config asks for {shape}")
-
-
-def _check_finite(net: UNet) -> None:
-    for key, tensor in net.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"tensor {key!r} holds numbers that are not finite: restore the file or train anew")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -62,7 +62,11 @@ def new_run(args: argparse.Namespace) -> tuple[DistillationRun, Model]:
         dataclasses.replace(teacher.config, dropout=0.0),
         # Nothing is clipped on the way, in training and in use alike: a clipped x_0_hat would have no gradient.
         dataclasses.replace(
-            teacher.scheduler, clip_sample=False, timestep_spacing="trailing", distilled_steps=chains.nfe
+            teacher.scheduler,
+            clip_sample=False,
+            thresholding=False,
+            timestep_spacing="trailing",
+            distilled_steps=chains.nfe,
         ),
         run_options.recipe_of({**RECIPE, **vars(args)}, chains.chains, EPOCHS),
         **run_options.hardware(args),

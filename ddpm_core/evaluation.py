@@ -145,7 +145,7 @@ def shuffled(images: data.ImageSet, seed: int) -> Tensor:
 
 def asked_labels(model: Model, train: data.ImageSet, samples: int, seed: int, repeat: int = 0) -> list[int | None]:
     """Labels of so many training images, others for each repeat as far as there are enough; None: takes no labels."""
-    if model.null_label is None:
+    if not model.takes_labels:
         return [None] * samples
     places = torch.arange(repeat * samples, (repeat + 1) * samples) % len(train.images)
     labels: list[int | None] = train.labels[shuffled(train, seed)[places]].tolist()
@@ -214,7 +214,7 @@ def evaluate(
     """
     plan = model.plan(protocol.sampler, protocol.steps)
     if model.null_label is None and protocol.guidance_scale != 1:
-        raise ValueError(f"{model.name} is unconditional: it takes no guidance")
+        raise ValueError(f'{model.name} knows no "no label": it takes no guidance')
     check_fit(model, classifier_net, test)
     reference_features, _ = features(classifier_net, test.images)
     real_distances = metrics.nearest_distances(test.images, train.images)
@@ -231,14 +231,16 @@ def evaluate(
         distances = metrics.nearest_distances(images, train.images)
         sets.append({**quality(classifier_net, images, asked, reference_features), **near(distances)})
         seeds = range(first + n, first + n + more)
-        unlabelled = generate(model, device, seeds, [None] * more, **protocol.how, on_batch=on_batch)
+        # where every image needs a label, those of training images give the same marginal distribution
+        no_labels = asked_labels(model, train, more, protocol.seed, repeat) if model.needs_label else [None] * more
+        unlabelled = generate(model, device, seeds, no_labels, **protocol.how, on_batch=on_batch)
         read_as.append(features(classifier_net, unlabelled)[1])
 
     def bound(images: data.ImageSet) -> Bound | None:
         if model.distilled_steps is not None:
             return None
         chosen = shuffled(images, protocol.seed)[: protocol.bound_images]
-        labels = None if model.null_label is None else images.labels[chosen]
+        labels = images.labels[chosen] if model.takes_labels else None
         return bits_per_dimension(model, device, images.images[chosen], labels, seed=protocol.seed, on_batch=on_batch)
 
     guided = model.null_label is not None and protocol.guidance_scale != 1
@@ -264,8 +266,8 @@ def check_fit(model: Model, classifier_net: Classifier, images: data.ImageSet) -
     shape, channels = tuple(images.images.shape[1:]), next(classifier_net.parameters()).shape[1]
     if tuple(model.config.image_shape) != shape:
         raise ValueError(f"{model.name} draws images of {tuple(model.config.image_shape)}, {images.name} has {shape}")
-    if model.null_label is not None and model.config.num_classes != images.num_classes:
-        raise ValueError(f"{model.name} has {model.config.num_classes} classes, {images.name} {images.num_classes}")
+    if model.takes_labels and model.num_classes != images.num_classes:
+        raise ValueError(f"{model.name} has {model.num_classes} classes, {images.name} {images.num_classes}")
     if (channels, classifier_net.head.out_features) != (shape[0], images.num_classes):
         raise ValueError(
             f"the classifier takes {channels} channels and names {classifier_net.head.out_features} classes, "

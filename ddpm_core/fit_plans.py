@@ -39,11 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def draw(model: Model, network: Network, device: torch.device, seeds: range, plan: SamplingPlan) -> Tensor:
-    """Images of a plan, (N, C, H, W) in [-1, 1], on the CPU; labels in turn, "no label" one of them."""
+    """Images of a plan, (N, C, H, W) in [-1, 1], on the CPU; labels in turn, "no label" one of them if there is one."""
     x = sampling.draw_noise(seeds, 0, torch.empty(0, *model.config.image_shape, device=device))
-    labels = None
-    if model.null_label is not None:
-        labels = torch.arange(len(seeds), device=device) % (model.null_label + 1)
+    embedded = model.config.num_class_embeds
+    labels = torch.arange(len(seeds), device=device) % embedded if embedded else None
     *_, last = sampling.sample(model.denoiser(network), plan, x, seeds, labels=labels)
     return last.x.cpu()
 

@@ -50,7 +50,9 @@ class _Attention(nn.Module):
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
-        self.norm, self.heads, self.scale = _GroupNorm(attention.group_norm), attention.heads, attention.scale
+        norm = attention.group_norm
+        self.norm = _GroupNorm(norm) if isinstance(norm, nn.GroupNorm) else norm
+        self.heads, self.scale = attention.heads, attention.scale
         q, k, v = attention.to_q, attention.to_k, attention.to_v
         self.in_weight, self.in_bias = _side_by_side((q, k, v), ((q.out_features / self.heads) ** -0.5, 1, 1))
         self.out_weight, self.out_bias = _side_by_side([cast(nn.Linear, attention.to_out[0])], [1])
@@ -111,8 +113,8 @@ def example(net: UNet, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Inputs of a call, the same each time."""
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn(rows, *net.config.image_shape, generator=generator)
-    classes = net.config.num_class_embeds
-    return x_t, torch.linspace(1.0, 900.0, rows), torch.arange(rows) % classes if classes else None
+    classes, last = net.config.num_class_embeds, net.config.num_train_timesteps or 1000
+    return x_t, torch.linspace(1.0, 900.0, rows) % last, torch.arange(rows) % classes if classes else None
 
 
 def export_graph(net: UNet, weights_sha256: str) -> bytes:

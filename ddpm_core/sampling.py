@@ -118,7 +118,7 @@ def generate(
         model: what draws them.
         device: where.
         seeds: N of them; image i's noise depends on seeds[i] and on nothing else.
-        labels: N of them; None: "no label".
+        labels: N of them; None: "no label", of models that need none.
         sampler: a key of samplers.SAMPLERS or samplers.PRESETS, or samplers.LEARNED.
         steps: of the sampler; None: its own.
         eta: ddim only.
@@ -137,18 +137,20 @@ def generate(
     if len(seeds) != len(labels):
         raise ValueError(f"{len(seeds)} seeds but {len(labels)} labels")
     null_label = model.null_label
-    if null_label is None and (guidance_scale != 1 or any(label is not None for label in labels)):
+    if not model.takes_labels and (guidance_scale != 1 or any(label is not None for label in labels)):
         raise ValueError(f"{model.name} is unconditional: it takes neither labels nor guidance")
+    if model.needs_label and (guidance_scale != 1 or None in labels):
+        raise ValueError(f'{model.name} knows no "no label": every image needs a label, and there is no guidance')
     for label in labels:
-        if label is not None and not 0 <= label < model.config.num_classes:
-            raise ValueError(f"label={label} must be 0 .. {model.config.num_classes - 1}")
+        if label is not None and not 0 <= label < model.num_classes:
+            raise ValueError(f"label={label} must be 0 .. {model.num_classes - 1}")
     denoiser, plan = model.denoiser(model.network(device)), plan or model.plan(sampler, steps, eta=eta)
     like = torch.empty(0, *model.config.image_shape, device=device)
     images = [torch.empty(0, *model.config.image_shape, dtype=torch.uint8)]
     for start in range(0, len(seeds), batch_size):
         batch_seeds, batch_labels = seeds[start : start + batch_size], labels[start : start + batch_size]
         label_tensor = scale = None
-        if null_label is not None:
+        if model.takes_labels:
             indices = [null_label if label is None else label for label in batch_labels]
             label_tensor = torch.tensor(indices, device=device)
             if guidance_scale != 1:
@@ -170,6 +172,6 @@ def one_row_a_class(model: Model, device: torch.device, columns: int = 10, **how
     A row is a class, of the first MOST_CLASSES; an unconditional model gets as many rows as columns. `how` goes to
     generate().
     """
-    classes = min(model.config.num_classes, MOST_CLASSES)
+    classes = min(model.num_classes, MOST_CLASSES)
     labels = [row if classes else None for row in range(classes or columns) for _ in range(columns)]
     return generate(model, device, range(len(labels)), labels, **how), columns

@@ -13,18 +13,12 @@ from ddpm_core.plans import Variance
 from ddpm_core.schedules import NoiseSchedule
 from ddpm_core.spacings import Spacing
 
-UNUSED_BY_US = {  # fields of diffusers' schedulers that change nothing for the processes we run
-    "dynamic_thresholding_ratio",  # only with thresholding
-    "sample_max_value",  # only with thresholding
-    "skip_prk_steps",  # written by old pipelines of other schedulers
-}
 DISTILLED = "_distilled_steps"  # as diffusers leaves it alone
 CLASSES = ("DDPMScheduler", "DDIMScheduler")  # of scheduler configs: others mean something else by the same fields
-ONLY = {  # fields that we can honour at one value alone
-    "thresholding": False,
-    "rescale_betas_zero_snr": False,
-    "set_alpha_to_one": True,
-}
+VARIANCES = {  # by their names in a config; the logarithms are of the same variances
+    "fixed_small": "fixed_small", "fixed_small_log": "fixed_small",
+    "fixed_large": "fixed_large", "fixed_large_log": "fixed_large",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +37,18 @@ class SchedulerConfig:
     variance_type: Variance = "fixed_small"  # of the ancestral chain: fixed_small or fixed_large
     clip_sample: bool = True  # clip x_0_hat to +-clip_sample_range
     clip_sample_range: float = 1.0
+    thresholding: bool = False  # dynamic thresholding of x_0_hat, in the place of clipping
+    dynamic_thresholding_ratio: float = 0.995  # the quantile that becomes 1
+    sample_max_value: float = 1.0  # as far as it is below this
     prediction_type: Prediction = "epsilon"
     timestep_spacing: Spacing = "leading"  # leading, trailing or linspace
     steps_offset: int = 0  # added to leading timesteps
+    rescale_betas_zero_snr: bool = False  # the schedule ends without signal
     distilled_steps: int | None = None  # the network is trained to draw by DDIM with so many, and for nothing else
 
     def __post_init__(self) -> None:
         for field, allowed in {
-            "variance_type": ("fixed_small", "fixed_large"),
+            "variance_type": tuple(dict.fromkeys(VARIANCES.values())),
             "prediction_type": ("epsilon", "sample", "v_prediction"),
             "timestep_spacing": ("leading", "trailing", "linspace"),
         }.items():
@@ -62,7 +60,11 @@ class SchedulerConfig:
             ("beta_end", (int, float), 0, 1),
             ("clip_sample", (bool,), False, True),
             ("clip_sample_range", (int, float), 1e-9, math.inf),
+            ("thresholding", (bool,), False, True),
+            ("dynamic_thresholding_ratio", (int, float), 0, 1),
+            ("sample_max_value", (int, float), 1, math.inf),
             ("steps_offset", (int,), 0, math.inf),
+            ("rescale_betas_zero_snr", (bool,), False, True),
         ):
             value = getattr(self, field)
             if type(value) not in kinds or not low <= value <= high:
@@ -79,6 +81,11 @@ class SchedulerConfig:
                 )
             if self.prediction_type == "epsilon" and self.trained_betas[-1] == 1:
                 raise ValueError("trained_betas ends in 1: x_T holds no signal, and epsilon cannot give x_0 there")
+        if self.rescale_betas_zero_snr and (self.prediction_type == "epsilon" or total < 2):
+            raise ValueError(
+                "rescale_betas_zero_snr=True is supported for prediction_type sample and v_prediction, with 2 or more "
+                "timesteps: x_T holds no signal, and epsilon cannot give x_0 there"
+            )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> SchedulerConfig:
@@ -86,16 +93,20 @@ class SchedulerConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         if (name := config.get("_class_name", CLASSES[0])) not in CLASSES:
             raise ValueError(f"_class_name={name!r} is not supported; supported: {', '.join(CLASSES)}")
+        if name == "DDIMScheduler" and config.get("set_alpha_to_one") is False:  # DDPMScheduler does not read it
+            raise ValueError(
+                "set_alpha_to_one=False is not supported: here every chain ends at the clean image, and with it ddim "
+                "stops at t = 0, one noising step before. Set it to true if you mean the clean image"
+            )
         fields: dict[str, Any] = {}
         for key, value in config.items():
             if key == DISTILLED:
                 fields["distilled_steps"] = value
+            elif key == "variance_type":
+                fields[key] = _variance(value)
             elif key in known:
                 fields[key] = tuple(value) if isinstance(value, list) else value
-            elif key in ONLY:
-                if value != ONLY[key]:
-                    raise ValueError(f"{key}={value!r} is not supported; supported: {ONLY[key]!r}")
-            elif not key.startswith("_") and key not in UNUSED_BY_US:
+            elif not key.startswith("_") and key != "set_alpha_to_one":
                 raise ValueError(f"unknown field {key!r} in the scheduler's config; known: {', '.join(sorted(known))}")
         return cls(**fields)
 
@@ -108,3 +119,13 @@ class SchedulerConfig:
     def schedule(self) -> NoiseSchedule:
         """The noise schedule that these fields name."""
         return schedules.from_config(dataclasses.asdict(self))
+
+
+def _variance(name: object) -> object:
+    """The variance of a config's variance_type; what is none of them stays, to be refused."""
+    if name in ("learned", "learned_range"):
+        raise ValueError(
+            f"variance_type={name!r} is not supported: how much noise a step adds is a number here, no tensor that the "
+            f"network gives; supported: {', '.join(VARIANCES)}"
+        )
+    return VARIANCES.get(str(name), name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -80,14 +80,46 @@ def scaled_linear(num_train_steps: int = 1000, *, beta_start: float = 1e-4, beta
     return NoiseSchedule(np.linspace(beta_start**0.5, beta_end**0.5, num_train_steps) ** 2)
 
 
+def sigmoid(num_train_steps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+    """Betas along the logistic curve from -6 to 6; the schedule of GeoDiff (Xu et al. 2022, arXiv 2203.02923)."""
+    share = 1 / (1 + np.exp(-np.linspace(-6, 6, num_train_steps)))
+    return NoiseSchedule(beta_start + (beta_end - beta_start) * share)
+
+
+def _following(alpha_bar: Callable[[float], float], n: int, max_beta: float) -> NoiseSchedule:
+    """Betas of n steps along alpha_bar(u), u in 0 .. 1, as far as it does not fall too steeply."""
+    return NoiseSchedule(np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)]))
+
+
 def cosine(num_train_steps: int = 1000, *, max_beta: float = 0.999) -> NoiseSchedule:
     """alpha_bar follows a squared cosine; equation 17 of Nichol and Dhariwal 2021, s = 0.008, betas clipped."""
+    return _following(lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, num_train_steps, max_beta)
+
+
+def laplace(num_train_steps: int = 1000, *, max_beta: float = 0.999) -> NoiseSchedule:
+    """The log-SNR has Laplace's distribution, of mean 0 and scale 1/2; Hang et al. 2024 (arXiv 2407.03297), table 1.
+
+    As diffusers has it, for networks that were trained with it: alpha_bar follows the root of SNR / (1 + SNR).
+    """
 
     def alpha_bar(u: float) -> float:
-        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
+        return math.sqrt(1 / (1 + math.exp(-log_snr)))
 
-    n = num_train_steps
-    return NoiseSchedule(np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)]))
+    return _following(alpha_bar, num_train_steps, max_beta)
+
+
+def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+    """The schedule with sqrt(alpha_bar) shifted and stretched so that it ends at 0; algorithm 1 of Lin et al. 2023
+    (arXiv 2305.08891)."""
+    root = np.sqrt(schedule.alphas_cumprod)
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    alphas_cumprod = root**2
+    return NoiseSchedule(1 - np.append(alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]))
+
+
+BY_NAME = {"linear": linear, "scaled_linear": scaled_linear, "sigmoid": sigmoid}  # between beta_start and beta_end
+BY_NAME_ALONE = {"squaredcos_cap_v2": cosine, "laplace": laplace}
 
 
 def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
@@ -96,16 +128,19 @@ def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     Raises:
         ValueError: a schedule that is not known here.
     """
+    schedule = _named(config)
+    return zero_terminal_snr(schedule) if config.get("rescale_betas_zero_snr") else schedule
+
+
+def _named(config: Mapping[str, Any]) -> NoiseSchedule:
     if config.get("trained_betas") is not None:
         return NoiseSchedule(np.array(config["trained_betas"]))
     num_train_steps = int(config.get("num_train_timesteps", 1000))
     name = config.get("beta_schedule", "linear")
-    if name == "squaredcos_cap_v2":
-        return cosine(num_train_steps)
-    if name not in ("linear", "scaled_linear"):
-        raise ValueError(
-            f"beta_schedule={name!r} is not supported; supported: linear, scaled_linear, squaredcos_cap_v2"
-        )
-    builder = linear if name == "linear" else scaled_linear
-    ends = {k: float(config[k]) for k in ("beta_start", "beta_end") if k in config}
-    return builder(num_train_steps, **ends)
+    if name in BY_NAME_ALONE:
+        return BY_NAME_ALONE[name](num_train_steps)
+    if name in BY_NAME:
+        ends = {k: float(config[k]) for k in ("beta_start", "beta_end") if k in config}
+        return BY_NAME[name](num_train_steps, **ends)
+    known = ", ".join((*BY_NAME, *BY_NAME_ALONE))
+    raise ValueError(f"beta_schedule={name!r} is not supported; supported: {known}")

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         device = pick_device(args.device)
         objective = DenoisingLoss(
             images, run.scheduler.schedule(), run.scheduler.prediction_type, run.recipe,
-            null_label=run.unet.num_classes if run.unet.num_class_embeds else None, device=device,
+            null_label=run.unet.null_label, device=device,
         )  # fmt: skip
         trainer = Trainer(net, objective, run.recipe, device=device, compile_net=run.compile, bf16=run.bf16)
         names = ", ".join(f"{label}: {name}" for label, name in enumerate(images.class_names))

@@ -91,6 +91,7 @@ def of_options(given: Mapping[str, Any], images: data.ImageSet) -> tuple[UNetCon
         attention_head_dim=None,
         dropout=given["dropout"],
         num_class_embeds=images.num_classes + 1 if images.num_classes else None,
+        no_label=images.num_classes > 0,
     )
     try:
         _ = unet.image_shape
@@ -114,9 +115,11 @@ def of_model(args: argparse.Namespace, images: data.ImageSet) -> tuple[UNetConfi
     if model.distilled_steps is not None:
         raise ValueError(f"{args.init} is distilled, and knows few timesteps: start from its teacher")
     wanted, found = model.config.image_shape, tuple(images.images.shape[1:])
-    if wanted != found or (model.null_label is not None and model.config.num_classes != images.num_classes):
+    if model.needs_label:
+        raise ValueError(f'{args.init} knows no "no label", which training teaches too: start from another model')
+    if wanted != found or (model.takes_labels and model.num_classes != images.num_classes):
         raise ValueError(
-            f"{args.init} is of {model.config.num_classes} classes of {wanted} images, "
+            f"{args.init} is of {model.num_classes} classes of {wanted} images, "
             f"{images.name} has {images.num_classes} of {found}: they must agree"
         )
     return model.config, model.scheduler, checkpoint.origin(args.init, model)

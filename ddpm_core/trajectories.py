@@ -73,8 +73,9 @@ class Chains:
 
 
 def labels_of(model: Model, chains: range) -> Tensor | None:
-    """(N,) long: in turn, "no label" one of them; None: the network takes none."""
-    return None if model.null_label is None else torch.tensor(chains) % (model.null_label + 1)
+    """(N,) long: in turn, "no label" one of them if there is one; None: the network takes none."""
+    embedded = model.config.num_class_embeds
+    return torch.tensor(chains) % embedded if embedded else None
 
 
 def draw(

@@ -7,16 +7,21 @@ schedule, no sampler, no data range. Every config field of UNet2DModel is honour
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
-_UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+NO_LABEL = "_no_label"  # in config.json; as diffusers leaves it alone
+_DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+_UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu,
+}  # fmt: skip
 _COUNTS = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
 _OPTIONAL_COUNTS = (
     "sample_size", "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds",
@@ -46,34 +51,40 @@ class UNetConfig:
     layers_per_block: int = 2  # residual blocks a level on the way down; one more on the way up
     mid_block_scale_factor: float = 1.0
     downsample_padding: int = 1
-    downsample_type: str = "conv"
+    downsample_type: str = "conv"  # of levels with attention; resnet: by a residual block
     upsample_type: str = "conv"
     dropout: float = 0.0
     act_fn: str = "silu"
     attention_head_dim: int | None = 8  # None: one head as wide as the level
     norm_num_groups: int = 32
-    attn_norm_num_groups: int | None = None  # of the middle attention; None: norm_num_groups
+    attn_norm_num_groups: int | None = None  # of the middle attention; None: norm_num_groups, no norm with scale_shift
     norm_eps: float = 1e-5
     resnet_time_scale_shift: str = "default"
     add_attention: bool = True  # in the middle block
     class_embed_type: str | None = None
-    num_class_embeds: int | None = None  # classes + 1; the last index is "no label"
-    num_train_timesteps: int | None = None
+    num_class_embeds: int | None = None  # labels are 0 .. num_class_embeds - 1
+    num_train_timesteps: int | None = None  # of a learned time embedding
+    no_label: bool = False  # our own: the last of num_class_embeds means "no label"
 
     def __post_init__(self) -> None:
         self._check_numbers()
         levels = len(self.block_out_channels)
-        self._require("time_embedding_type", ("positional",))
+        self._require("time_embedding_type", ("positional", "learned"), "fourier is of variance-exploding processes")
         self._require("mid_block_type", ("UNetMidBlock2D", None))
-        self._require("downsample_type", ("conv",))
-        self._require("upsample_type", ("conv",))
-        self._require("act_fn", ("silu", "swish"))
+        self._require("downsample_type", ("conv", "resnet"))
+        self._require("upsample_type", ("conv", "resnet"))
         self._require("resnet_time_scale_shift", ("default", "scale_shift"))
-        self._require("class_embed_type", (None,))
+        self._require("class_embed_type", (None,), "what it embeds is no label of a known number")
         self._require("downsample_padding", (0, 1))
         self._require("freq_shift", (0, 1))
-        for field in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
+        for field in ("center_input_sample", "flip_sin_to_cos", "add_attention", "no_label"):
             self._require(field, (False, True))
+        if str(self.act_fn).lower() not in _ACTIVATIONS:
+            raise ValueError(f"act_fn={self.act_fn!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+        if self.time_embedding_type == "learned" and self.num_train_timesteps is None:
+            raise ValueError("time_embedding_type='learned' needs num_train_timesteps")
+        if self.no_label and (self.num_class_embeds or 0) < 2:
+            raise ValueError(f'{NO_LABEL}=true needs num_class_embeds, of one class or more and "no label"')
         for field, allowed in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
             types = getattr(self, field)
             if len(types) != levels:
@@ -84,17 +95,17 @@ class UNetConfig:
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(f"norm_num_groups={self.norm_num_groups} must divide block_out_channels ({channels})")
+        for channels in self._attention_widths():
             if self.attention_head_dim and channels % self.attention_head_dim:
                 raise ValueError(
-                    f"attention_head_dim={self.attention_head_dim} must divide block_out_channels ({channels})"
+                    f"attention_head_dim={self.attention_head_dim} must divide block_out_channels ({channels}) where "
+                    "there is attention"
                 )
         if self.attn_norm_num_groups and self.block_out_channels[-1] % self.attn_norm_num_groups:
             raise ValueError(
                 f"attn_norm_num_groups={self.attn_norm_num_groups} must divide the last of block_out_channels "
                 f"({self.block_out_channels[-1]})"
             )
-        if self.resnet_time_scale_shift != "default" and self.add_attention and self.attn_norm_num_groups is None:
-            raise ValueError("resnet_time_scale_shift='scale_shift' needs attn_norm_num_groups, or add_attention=false")
 
     def _check_numbers(self) -> None:
         for field in (*_COUNTS, *_OPTIONAL_COUNTS):
@@ -109,19 +120,29 @@ class UNetConfig:
             if type(value) not in (int, float) or not low <= value <= high:
                 raise ValueError(f"{field}={value!r} must be a number of {low} .. {high}")
 
-    def _require(self, field: str, allowed: Sequence[object]) -> None:
+    def _require(self, field: str, allowed: Sequence[object], why: str = "") -> None:
         value = getattr(self, field)
         if value not in allowed:
             names = ", ".join(repr(a) for a in allowed)
-            raise ValueError(f"{field}={value!r} is not supported; supported: {names}")
+            raise ValueError(f"{field}={value!r} is not supported{why and f' ({why})'}; supported: {names}")
+
+    def _attention_widths(self) -> Iterator[int]:
+        """Channels of every feature map that attention works on."""
+        widths = self.block_out_channels
+        for types, channels in ((self.down_block_types, widths), (self.up_block_types, widths[::-1])):
+            yield from (c for name, c in zip(types, channels, strict=True) if name.startswith("Attn"))
+        if self.mid_block_type and self.add_attention:
+            yield widths[-1]
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
-        """Reads a config.json; keys that start with an underscore are notes of its writer and are skipped."""
+        """Reads a config.json; but for NO_LABEL, keys that start with an underscore are notes of its writer."""
         known = {f.name for f in dataclasses.fields(cls)}
         given: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")
         }
+        if NO_LABEL in config:
+            given["no_label"] = config[NO_LABEL]
         for key in given:
             if key not in known:
                 raise ValueError(f"unknown field {key!r} in the U-Net's config; known: {', '.join(sorted(known))}")
@@ -129,7 +150,8 @@ class UNetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that diffusers reads."""
-        return {"_class_name": "UNet2DModel", **dataclasses.asdict(self)}
+        content = {"_class_name": "UNet2DModel", **dataclasses.asdict(self)}
+        return {**content, NO_LABEL: True} if content.pop("no_label") else content
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -145,7 +167,12 @@ class UNetConfig:
     @property
     def num_classes(self) -> int:
         """Labels a caller may ask for: 0 .. num_classes - 1. 0 = the network is unconditional."""
-        return self.num_class_embeds - 1 if self.num_class_embeds else 0
+        return (self.num_class_embeds or 0) - self.no_label
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no label"; None where there is none, be it that the network takes no labels at all."""
+        return self.num_classes if self.no_label else None
 
     @property
     def temb_channels(self) -> int:
@@ -180,12 +207,29 @@ class TimestepEmbedding(nn.Module):
         return out
 
 
-class ResnetBlock2D(nn.Module):
-    """norm, SiLU, conv, + time, norm, SiLU, conv, + shortcut (Ho et al. 2020, appendix B)."""
+_halve = functools.partial(F.avg_pool2d, kernel_size=2)
+_double = functools.partial(F.interpolate, scale_factor=2.0, mode="nearest")
 
-    def __init__(self, c: UNetConfig, channels_in: int, channels: int, *, scale: float = 1.0) -> None:
+
+class ResnetBlock2D(nn.Module):
+    """norm, SiLU, conv, + time, norm, SiLU, conv, + shortcut (Ho et al. 2020, appendix B).
+
+    As a resampler it resizes its input and what it makes of it before the first convolution; the net of Dhariwal and
+    Nichol 2021, section 3.
+    """
+
+    def __init__(
+        self,
+        c: UNetConfig,
+        channels_in: int,
+        channels: int,
+        *,
+        scale: float = 1.0,
+        resize: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.resize = scale, resize
+        self.act = _ACTIVATIONS[c.act_fn.lower()]
         self.scale_shift = c.resnet_time_scale_shift == "scale_shift"
         self.norm1 = nn.GroupNorm(c.norm_num_groups, channels_in, eps=c.norm_eps)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
@@ -197,14 +241,17 @@ class ResnetBlock2D(nn.Module):
         _zero(self.conv2)  # every block starts as its shortcut
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.act(self.norm1(x))
+        if self.resize is not None:
+            x, h = self.resize(x), self.resize(h)
+        h = self.conv1(h)
         time = self.time_emb_proj(temb)[:, :, None, None]
         if self.scale_shift:
             gain, shift = time.chunk(2, dim=1)
             h = self.norm2(h) * (1 + gain) + shift
         else:
             h = self.norm2(h + time)
-        h = self.conv2(self.dropout(F.silu(h)))
+        h = self.conv2(self.dropout(self.act(h)))
         out: Tensor = (self.conv_shortcut(x) + h) / self.scale
         return out
 
@@ -212,11 +259,11 @@ class ResnetBlock2D(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the H*W positions of a feature map, with a residual."""
 
-    def __init__(self, c: UNetConfig, channels: int, *, groups: int, scale: float = 1.0) -> None:
+    def __init__(self, c: UNetConfig, channels: int, *, groups: int | None, scale: float = 1.0) -> None:
         super().__init__()
         self.heads = channels // (c.attention_head_dim or channels)
         self.scale = scale
-        self.group_norm = nn.GroupNorm(groups, channels, eps=c.norm_eps)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=c.norm_eps) if groups else nn.Identity()
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -258,7 +305,7 @@ class Upsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        out: Tensor = self.conv(_double(x))
         return out
 
 
@@ -270,22 +317,30 @@ class Level(nn.Module):
         self.depth = len(inputs)
         self.resampler = resampler
         self.resnets = nn.ModuleList(ResnetBlock2D(c, channels_in, channels) for channels_in in inputs)
-        self.attentions = nn.ModuleList(
-            Attention(c, channels, groups=c.norm_num_groups) for _ in inputs if kind.startswith("Attn")
-        )
+        attends, residual = kind.startswith("Attn"), kind.startswith("Resnet")
+        self.attentions = nn.ModuleList(Attention(c, channels, groups=c.norm_num_groups) for _ in inputs if attends)
         if resampler == "down":
-            self.downsamplers = nn.ModuleList([Downsample2D(channels, c.downsample_padding)])
+            if residual or (attends and c.downsample_type == "resnet"):
+                down: nn.Module = ResnetBlock2D(c, channels, channels, resize=_halve)
+            else:
+                down = Downsample2D(channels, c.downsample_padding)
+            self.downsamplers = nn.ModuleList([down])
         elif resampler == "up":
-            self.upsamplers = nn.ModuleList([Upsample2D(channels)])
+            if residual or (attends and c.upsample_type == "resnet"):
+                up: nn.Module = ResnetBlock2D(c, channels, channels, resize=_double)
+            else:
+                up = Upsample2D(channels)
+            self.upsamplers = nn.ModuleList([up])
 
     def block(self, i: int, x: Tensor, temb: Tensor) -> Tensor:
         """The i-th residual block, and its attention where the level has any."""
         x = self.resnets[i](x, temb)
         return self.attentions[i](x) if len(self.attentions) else x
 
-    def resample(self, x: Tensor) -> Tensor:
+    def resample(self, x: Tensor, temb: Tensor) -> Tensor:
         """To the next resolution; only where there is one."""
-        out: Tensor = (self.downsamplers if self.resampler == "down" else self.upsamplers)[0](x)
+        resampler = (self.downsamplers if self.resampler == "down" else self.upsamplers)[0]
+        out: Tensor = resampler(x, temb) if isinstance(resampler, ResnetBlock2D) else resampler(x)
         return out
 
 
@@ -300,7 +355,7 @@ class MidBlock(nn.Module):
         super().__init__()
         scale = c.mid_block_scale_factor
         self.resnets = nn.ModuleList(ResnetBlock2D(c, channels, channels, scale=scale) for _ in range(2))
-        groups = c.attn_norm_num_groups or c.norm_num_groups
+        groups = c.attn_norm_num_groups or (c.norm_num_groups if c.resnet_time_scale_shift == "default" else None)
         self.attentions = nn.ModuleList([Attention(c, channels, groups=groups, scale=scale)] if c.add_attention else [])
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
@@ -320,6 +375,8 @@ class UNet(nn.Module):
         widths = c.block_out_channels
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        if c.time_embedding_type == "learned":
+            self.time_proj = nn.Embedding(cast(int, c.num_train_timesteps), widths[0])
         self.time_embedding = TimestepEmbedding(widths[0], c.temb_channels)
         if c.num_class_embeds:
             self.class_embedding = nn.Embedding(c.num_class_embeds, c.temb_channels)
@@ -350,7 +407,7 @@ class UNet(nn.Module):
 
         Args:
             x_t: (B, C, H, W) in the float type of the weights.
-            t: (B,), 0 .. T-1, integer or fractional.
+            t: (B,), 0 .. T-1, integer or fractional; a learned time embedding takes the nearest whole one.
             label: (B,) long, 0 .. num_class_embeds - 1; needed exactly when the network has class embeddings.
 
         Returns:
@@ -362,15 +419,18 @@ class UNet(nn.Module):
         return self.denoise(x_t, self.embed(t, label, x_t.dtype))
 
     def embed(self, t: Tensor, label: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What every residual block projects for itself: SiLU of t's embedding plus the label's. (B, temb_channels)."""
+        """What every residual block projects for itself: act_fn of the sum of embeddings. (B, temb_channels)."""
         c = self.config
         if (label is None) == bool(c.num_class_embeds):
             raise ValueError("this network needs labels" if c.num_class_embeds else "this network takes no labels")
-        emb = sinusoidal_embedding(
-            t, c.block_out_channels[0], flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift
-        )
+        if c.time_embedding_type == "learned":
+            emb = self.time_proj(t.round().long())
+        else:
+            emb = sinusoidal_embedding(
+                t, c.block_out_channels[0], flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift
+            )
         temb: Tensor = self.time_embedding(emb.to(dtype))
-        return F.silu(temb if label is None else temb + self.class_embedding(label))
+        return _ACTIVATIONS[c.act_fn.lower()](temb if label is None else temb + self.class_embedding(label))
 
     def denoise(self, x_t: Tensor, temb: Tensor) -> Tensor:
         """The network behind its embeddings: x_t (B, C, H, W), temb of embed() -> (B, C, H, W)."""
@@ -381,7 +441,7 @@ class UNet(nn.Module):
                 x = level.block(i, x, temb)
                 skips.append(x)
             if level.resampler:
-                x = level.resample(x)
+                x = level.resample(x, temb)
                 skips.append(x)
         if self.mid_block is not None:
             x = self.mid_block(x, temb)
@@ -389,6 +449,6 @@ class UNet(nn.Module):
             for i in range(level.depth):
                 x = level.block(i, torch.cat([x, skips.pop()], dim=1), temb)
             if level.resampler:
-                x = level.resample(x)
+                x = level.resample(x, temb)
         out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
         return out

@@ -25,6 +25,7 @@ DIGITS = UNetConfig(
     norm_num_groups=8,
     attention_head_dim=None,
     num_class_embeds=11,
+    no_label=True,
 )
 
 EIGHT = UNetConfig(
@@ -38,14 +39,20 @@ EIGHT = UNetConfig(
     norm_num_groups=4,
     add_attention=False,
     num_class_embeds=11,
+    no_label=True,
 )
 EIGHT_SCHEDULER = SchedulerConfig(prediction_type="v_prediction", timestep_spacing="trailing")
 
 
-def eight(num_class_embeds: int | None = 11, scheduler: SchedulerConfig = EIGHT_SCHEDULER) -> Model:
+def eight(
+    num_class_embeds: int | None = 11, scheduler: SchedulerConfig = EIGHT_SCHEDULER, *, no_label: bool = True
+) -> Model:
     """EIGHT with random weights, in memory."""
     torch.manual_seed(0)
-    net = UNet(dataclasses.replace(EIGHT, num_class_embeds=num_class_embeds)).eval().requires_grad_(False)
+    config = dataclasses.replace(
+        EIGHT, num_class_embeds=num_class_embeds, no_label=no_label and num_class_embeds is not None
+    )
+    net = UNet(config).eval().requires_grad_(False)
     for parameter in net.parameters():
         if not parameter.any():  # layers that start at zero would hide the label
             parameter.normal_(std=0.2)

@@ -30,7 +30,7 @@ of_each = pytest.mark.parametrize("directory", [WEIGHTS, STUDENT], ids=lambda pa
 @pytest.fixture(scope="module", params=[WEIGHTS, STUDENT], ids=lambda path: path.name)
 def shipped(request: pytest.FixtureRequest) -> Iterator[Service]:
     """The app on shipped weights."""
-    running = Service(Settings(model=request.param, device="cpu"))
+    running = Service(Settings(model=str(request.param), device="cpu"))
     running.start()
     yield running
     running.stop()

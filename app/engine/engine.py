@@ -34,7 +34,7 @@ from app.engine.request import (
 from app.engine.runner import Row, Runner
 from app.engine.scheduler import Scheduler
 from app.engine.selfcheck import prepare
-from app.metrics import Metrics
+from app.metrics import EngineMetrics, Metrics
 
 log = logging.getLogger("app.engine")
 
@@ -58,7 +58,9 @@ class Engine:
         bounds: what may wait or run at once.
         exact: find out and keep what makes an image's bytes its own; False spares the start-up check and any padding.
         batch_rows: the most network rows of a step; None: as many as the measured step time recommends.
+        name: of the model.
         metrics: where to count.
+        device: held while it loads or makes a step: engines that share a device take turns.
         clock: seconds, monotonic.
     """
 
@@ -69,12 +71,14 @@ class Engine:
         bounds: Bounds,
         exact: bool = True,
         batch_rows: int | None = None,
+        name: str = "model",
         metrics: Metrics | None = None,
+        device: threading.Lock | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._make_runner, self.bounds, self._exact, self._batch_rows = make_runner, bounds, exact, batch_rows
-        self.metrics = metrics or Metrics()
-        self._clock = clock
+        self.name, self._make_runner, self.bounds = name, make_runner, bounds
+        self._exact, self._batch_rows = exact, batch_rows
+        self._device, self._clock = device or threading.Lock(), clock
         self._changed = threading.Condition()  # guards all that follows
         self.scheduler = Scheduler()
         self._jobs: dict[str, Job] = {}
@@ -86,8 +90,8 @@ class Engine:
         self.exactness: Exactness | None = None
         self.rows_limit = 0
         self.on_failure: Callable[[BaseException], None] = lambda error: None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.metrics.watch(self)
+        self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
+        self.metrics = EngineMetrics(metrics or Metrics(), name, self)
 
     # ---- for every thread
 
@@ -155,6 +159,10 @@ class Engine:
             if self.status in ("starting", "ok"):
                 self.status = "draining"
 
+    def holds(self, key: str) -> bool:
+        """Whether a request of this key (GenerateParams.key) is in flight."""
+        return key in self._jobs
+
     @property
     def idle(self) -> bool:
         """Whether no accepted request is left."""
@@ -179,14 +187,17 @@ class Engine:
         try:
             self.load()
             while self._wait_for_work():
-                self.tick()
+                asked = time.perf_counter()
+                with self._device:
+                    self.tick(time.perf_counter() - asked)
         except BaseException as error:
             self._fail(error)
 
     def load(self) -> None:
         """Loads the model and finds out how this machine runs it; then the engine is ready."""
-        runner = self._make_runner()
-        exactness, step_time, rows_limit = prepare(runner, self._exact, self._batch_rows)
+        with self._device:
+            runner = self._make_runner()
+            exactness, step_time, rows_limit = prepare(runner, self._exact, self._batch_rows)
         with self._changed:
             self._runner, self.info, self.exactness = runner, runner.info, exactness
             self.step_time, self.rows_limit = step_time, rows_limit
@@ -203,8 +214,8 @@ class Engine:
             self._changed.wait_for(lambda: self._jobs or self._left or self._stopping)
             return bool(self._jobs or self._left)
 
-    def tick(self) -> None:
-        """One step of the images whose turn it is."""
+    def tick(self, waited_s: float = 0.0) -> None:
+        """One step of the images whose turn it is, after so long a wait for the device."""
         with self._changed:
             now = self._clock()
             for job in [job for job in self._jobs.values() if job.deadline <= now]:
@@ -236,7 +247,7 @@ class Engine:
         self.metrics.padding.inc(padding)
         with self._changed:
             if not failed:
-                self.step_time.observe(network_rows + padding, took)
+                self.step_time.observe(network_rows + padding, waited_s + took)
             for job, index, row in batch:
                 if not job.future.done():
                     self._account(job, index, row, failed.get(row), x.get(row))
@@ -271,7 +282,7 @@ class Engine:
         del self._jobs[job.id]
         self.scheduler.remove(job.id)
         self._left += [row for index, row in enumerate(job.rows) if index not in job.x]
-        self.metrics.requests.labels(outcome).inc()
+        self.metrics.ended(outcome)
         if isinstance(answer, Result):
             job.future.set_result(answer)
         else:

@@ -125,16 +125,39 @@ class ModelInfo:
     device: str
     image_shape: tuple[int, int, int]  # (C, H, W)
     num_train_steps: int  # T
-    num_classes: int  # 0: unconditional
+    num_classes: int  # 0: it takes no labels
     alphas_cumprod: NDArray[np.float64]  # (T,)
     runtime: str  # what runs the network: torch or onnxruntime
     learned: Mapping[int, str] = dataclasses.field(default_factory=dict)  # sha256 of each learned plan, by its steps
     distilled_steps: int | None = None  # of ddim, for which alone the network is trained
+    unlabelled: bool = True  # whether it draws without a label
+    class_names: tuple[str, ...] = ()  # of the labels, where they have other names than their numbers
+
+    @property
+    def version(self) -> str:
+        """First 12 of the weights' sha256."""
+        return self.sha256[:12]
 
     @property
     def id(self) -> str:
-        """name@first 12 of the weights' sha256."""
-        return f"{self.name}@{self.sha256[:12]}"
+        """name@version."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def labels(self) -> str:
+        """What labels there are, for people."""
+        allowed = f"0 .. {self.num_classes - 1}" if self.num_classes else "none: this model is unconditional"
+        return f"{self.name}; allowed: {allowed}{', or null' if self.unlabelled else ''}"
+
+    @property
+    def plain_label(self) -> int | None:
+        """What the plainest image is drawn with."""
+        return None if self.unlabelled else 0
+
+    @property
+    def guidance(self) -> bool:
+        """Whether it can be guided: it draws with a label and without."""
+        return self.unlabelled and self.num_classes > 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from app.engine.request import GenerateParams, ModelInfo, Start
-from ddpm_core import data
+from ddpm_core import data, hub
 from ddpm_core.checkpoint import Model, load_model, verify
 from ddpm_core.diffusion import q_sample
 from ddpm_core.network import Network, OnnxNetwork, Padded, pick_device
@@ -63,14 +62,15 @@ class Runner:
         self.plan = functools.lru_cache(maxsize=64)(any_plan)
 
     @classmethod
-    def load(cls, directory: Path, device: str, sha256: str | None = None) -> Runner:
-        """From a model directory, whose weights must be those of its card, and of `sha256` where that is given.
+    def load(cls, reference: str, device: str, sha256: str | None = None) -> Runner:
+        """From a model directory or hub id; its weights must be those of its card, and of `sha256` where it is given.
 
         Raises:
-            CheckpointError: the directory cannot be used. ValueError: the device cannot.
+            CheckpointError: the model cannot be used. ValueError: the device cannot.
         """
         where = pick_device(device)
-        model = load_model(directory)
+        directory = hub.locate(reference)
+        model = load_model(directory, hub.name_of(reference))
         verify(directory, model, sha256)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # the same at every start
         network = model.network(where, export=True)
@@ -89,10 +89,10 @@ class Runner:
         m = self.model
         return ModelInfo(
             m.name, m.sha256, str(self.device), m.config.image_shape,
-            m.schedule.num_train_steps, m.config.num_classes, m.schedule.alphas_cumprod,
+            m.schedule.num_train_steps, m.num_classes, m.schedule.alphas_cumprod,
             "onnxruntime" if isinstance(self._network, OnnxNetwork) else "torch",
             {steps: plan.sha256 for steps, plan in m.learned.items()},
-            m.distilled_steps,
+            m.distilled_steps, not m.needs_label,
         )  # fmt: skip
 
     def row(self, params: GenerateParams, index: int) -> Row:
@@ -167,7 +167,7 @@ class Runner:
 
     def probe(self) -> None:
         """Makes one step of an image of its own. Raises what the step raises."""
-        row = self.row(GenerateParams("probe", (0,), (None,), "ddim", 1, 0.0, 1.0), 0)
+        row = self.row(GenerateParams("probe", (0,), (self.info.plain_label,), "ddim", 1, 0.0, 1.0), 0)
         failed = self.advance([row])
         self.release(row)
         for error in failed.values():
@@ -219,10 +219,10 @@ class Runner:
         )
 
     def _guidance(self, rows: Sequence[Row]) -> tuple[Tensor | None, Tensor | None]:
-        """Labels and guidance scales, where the model takes any."""
-        null = self.model.null_label
-        if null is None:
+        """Labels and guidance scales, where the model takes labels."""
+        if not self.model.takes_labels:
             return None, None
+        null = self.model.null_label
         labels = torch.tensor([null if row.label is None else row.label for row in rows], device=self.device)
         return labels, torch.tensor([row.guidance_scale for row in rows], device=self.device)
 

@@ -35,7 +35,7 @@ def prepare(runner: Runner, exact: bool, batch_rows: int | None) -> tuple[Exactn
     """
     kind = "cpu" if runner.device.type == "cpu" else "accelerator"
     most = batch_rows or MOST_ROWS[kind]
-    guided = 2 if runner.info.num_classes else 1  # network rows that the costliest image needs
+    guided = 2 if runner.info.guidance else 1  # network rows that the costliest image needs
     exactness = find_exactness(runner, max(most, guided), PINNED_ROWS[kind]) if exact else Exactness(False, 1, ())
     step_time = measure(runner, min(most, exactness.most_rows))
     rows = batch_rows or step_time.enough_rows()
@@ -62,7 +62,7 @@ def measure(runner: Runner, most: int) -> StepTime:
 
 
 def _one_step_s(runner: Runner, size: int) -> float:
-    params = GenerateParams("measure", (0,), (None,), "ddim", 1, 0.0, 1.0)
+    params = GenerateParams("measure", (0,), (runner.info.plain_label,), "ddim", 1, 0.0, 1.0)
     rows = [runner.row(params, 0) for _ in range(size)]
     for row in rows:
         runner.begin(row)
@@ -147,7 +147,7 @@ def _kinds(runner: Runner) -> list[Row]:
         ("ddpm", 0.0, 1.0, last * 3 // 4),
         ("ddim", 0.7, 1.0, last // 2),
         ("ipndm", 0.0, 1.0, last // 3),
-        *([("dpmpp_2m", 0.0, 2.5, last // 4), ("ddpm", 0.0, 4.0, last // 8)] if info.num_classes else []),
+        *([("dpmpp_2m", 0.0, 2.5, last // 4), ("ddpm", 0.0, 4.0, last // 8)] if info.guidance else []),
     ]
     kinds = []
     for seed, (sampler, eta, scale, t) in enumerate(how):

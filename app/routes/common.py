@@ -8,6 +8,8 @@ import secrets
 from fastapi import Request
 
 from app import errors
+from app.engine.engine import Engine
+from app.engine.engines import Engines
 from app.engine.request import ModelInfo
 from app.schemas import ProblemBody
 from ddpm_core.noise import MAX_SEED
@@ -33,14 +35,28 @@ def unavailable(status: str) -> errors.Unavailable:
     return errors.Unavailable(detail, headers={"Retry-After": str(RETRY_S[status])})
 
 
-def loaded_model(request: Request) -> ModelInfo:
-    """The model, or the 503 of an engine that has none."""
-    engine = request.app.state.engine
-    info: ModelInfo | None = engine.info
-    if info is None or engine.status != "ok":
-        engine.metrics.refused.labels("not_ready").inc()
-        raise unavailable(engine.status)
-    return info
+def check_ready(request: Request) -> None:
+    """Raises the 503 of engines that take no work."""
+    status = request.app.state.engines.status
+    if status != "ok":
+        request.app.state.metrics.refused.labels("not_ready").inc()
+        raise unavailable(status)
+
+
+def served(request: Request, model: str | None) -> tuple[Engine, ModelInfo]:
+    """A model by its name or id, None being the default, and its engine.
+
+    Raises:
+        Unavailable, NotFound.
+    """
+    check_ready(request)
+    engines: Engines = request.app.state.engines
+    engine = engines.find(model)
+    if engine is None:
+        there = ", ".join(info.id for info in engines.infos)
+        raise errors.NotFound(f"model {model} is not served here; served: {there}")
+    assert engine.info is not None
+    return engine, engine.info
 
 
 def random_seed(n: int = 1) -> int:

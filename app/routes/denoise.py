@@ -8,10 +8,10 @@ from fastapi import APIRouter, Request, Response
 
 from app import errors, images
 from app.access import flow_of
-from app.engine.request import ModelInfo, Start
+from app.engine.request import Start
 from app.forms import form_schema, read_upload
 from app.http import unless_gone
-from app.routes.common import PROBLEM, loaded_model
+from app.routes.common import PROBLEM, check_ready, served
 from app.routes.drawing import DRAWN, media_type_of, respond, to_params
 from app.schemas import DenoiseRequest, GenerateResponse
 
@@ -23,24 +23,26 @@ router = APIRouter(tags=["images"])
     response_model=GenerateResponse,
     responses={
         200: DRAWN,
-        **dict.fromkeys((406, 408, 409, 410, 413, 415, 429, 503, 504), PROBLEM),
+        **dict.fromkeys((404, 406, 408, 409, 410, 413, 415, 429, 503, 504), PROBLEM),
     },
     openapi_extra={"requestBody": form_schema(DenoiseRequest)},
 )
 async def denoise(request: Request) -> Response:
     """Noises an image, fitted to the model's shape, to t, and draws it anew from there: SDEdit (Meng et al. 2021)."""
-    info = loaded_model(request)
+    check_ready(request)
     with ExitStack() as held:  # the upload, not while it is drawn
-        start, fields = await _start(request, info, held)
+        start, fields = await _start(request, held)
+    engine, info = served(request, fields.model)
     params = to_params(fields, info, request.app.state.settings, request.state, start)
-    return await respond(request, info, params, media_type_of(request, fields), fields.scale)
+    return await respond(request, engine, info, params, media_type_of(request, fields), fields.scale)
 
 
-async def _start(request: Request, info: ModelInfo, held: ExitStack) -> tuple[Start, DenoiseRequest]:
+async def _start(request: Request, held: ExitStack) -> tuple[Start, DenoiseRequest]:
     """Where the chain starts, and the other fields."""
     uploads, settings, flow = request.app.state.uploads, request.app.state.settings, flow_of(request.state)
     content, fields = await read_upload(request, DenoiseRequest, held)
     media_type_of(request, fields)  # before the work
+    _, info = served(request, fields.model)
     if fields.t >= info.num_train_steps:
         raise errors.Invalid.field("t", f"{fields.t} must be 0 .. {info.num_train_steps - 1}")
 

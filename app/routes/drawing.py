@@ -83,9 +83,12 @@ def to_params(
         )
     labels = tuple(body.label) if isinstance(body.label, list) else (body.label,) * body.n
     for label in labels:
-        if label is not None and label >= info.num_classes:
-            allowed = f"0 .. {info.num_classes - 1}" if info.num_classes else "none: this model is unconditional"
-            raise errors.Invalid.field("label", f"{label} is not a label of {info.name}; allowed: {allowed}, or null")
+        if (not info.unlabelled) if label is None else label >= info.num_classes:
+            raise errors.Invalid.field("label", f"{'null' if label is None else label} is not a label of {info.labels}")
+    if body.guidance_scale != 1 and not info.guidance:
+        raise errors.Invalid.field(
+            "guidance_scale", f"must be 1: {info.name} does not draw both with a label and without, as guidance does"
+        )
     try:
         most = info.num_train_steps if start is None else start.t + 1
         sampler, steps = samplers.resolve(
@@ -156,16 +159,19 @@ def to_problem(error: BaseException, params: GenerateParams) -> errors.Problem:
     raise error
 
 
-async def prepare(engine: Engine, params: GenerateParams) -> None:
+async def prepare(request: Request, engine: Engine, params: GenerateParams) -> None:
     """Computes a long plan where nobody waits for it: neither the event loop nor the engine's steps."""
+    if request.app.state.engines.holds(params.key):  # another model's engine might
+        engine.metrics.refused.labels("duplicate_id").inc()
+        raise to_problem(engine_request.DuplicateRequest(), params)
     if params.steps > SHORT_PLAN:
         with _refusals_told(params):
             await run_in_threadpool(engine.prepare_plan, params)
 
 
-async def draw(engine: Engine, params: GenerateParams) -> Result:
+async def draw(request: Request, engine: Engine, params: GenerateParams) -> Result:
     """The engine's answer. Whoever stops waiting ends the request."""
-    await prepare(engine, params)
+    await prepare(request, engine, params)
     future = submit(engine, params)
     try:
         return await asyncio.wrap_future(future)
@@ -246,13 +252,12 @@ def media_type_of(request: Request, body: GenerateRequest) -> str:
 
 
 async def respond(
-    request: Request, info: ModelInfo, params: GenerateParams, media_type: str, scale: int
-) -> Response:  # fmt: skip
+    request: Request, engine: Engine, info: ModelInfo, params: GenerateParams, media_type: str, scale: int
+) -> Response:
     """Draws and answers in one of OFFERED."""
-    engine: Engine = request.app.state.engine
     headers = {"X-Seed": str(params.seeds[0]), "X-Model": info.id, "Vary": "Accept"}
     if media_type == EVENTS:
-        await prepare(engine, params)
+        await prepare(request, engine, params)
 
         def completed(result: Result) -> bytes:
             return encode_json(result, params, info, scale)
@@ -266,7 +271,7 @@ async def respond(
             scale,
             headers,
         )
-    result = await unless_gone(request, draw(engine, params))
+    result = await unless_gone(request, draw(request, engine, params))
     start = time.monotonic()
     content = await run_in_threadpool(ENCODERS[media_type], result, params, info, scale)
     timing = {"queue": result.queue_s, "denoise": result.denoise_s, "encode": time.monotonic() - start}

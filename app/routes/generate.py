@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from app.http import read_json
-from app.routes.common import JSON, PROBLEM, loaded_model
+from app.routes.common import JSON, PROBLEM, check_ready, served
 from app.routes.drawing import DRAWN, media_type_of, respond, to_params
 from app.schemas import GenerateRequest, GenerateResponse, parse
 
@@ -17,7 +17,7 @@ router = APIRouter(tags=["images"])
     response_model=GenerateResponse,
     responses={
         200: DRAWN,
-        **dict.fromkeys((406, 408, 409, 410, 413, 415, 429, 503, 504), PROBLEM),
+        **dict.fromkeys((404, 406, 408, 409, 410, 413, 415, 429, 503, 504), PROBLEM),
     },
     openapi_extra={
         "requestBody": {
@@ -27,9 +27,10 @@ router = APIRouter(tags=["images"])
 )
 async def generate(request: Request) -> Response:
     """Draws images. PNG (n > 1: one grid), JSON, ZIP or an event stream, as Accept or response_format says."""
-    info = loaded_model(request)
+    check_ready(request)
     settings = request.app.state.settings
     body = parse(await read_json(request, settings.max_json_bytes), GenerateRequest)
     media_type = media_type_of(request, body)
+    engine, info = served(request, body.model)
     params = to_params(body, info, settings, request.state)
-    return await respond(request, info, params, media_type, body.scale)
+    return await respond(request, engine, info, params, media_type, body.scale)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from app.engine.engine import Engine
-from app.schemas import EngineHealth, Health
+from app.engine.engines import Engines
+from app.schemas import EngineHealth, Health, ModelHealth
 from ddpm_core import __version__
 
 router = APIRouter(tags=["health"])
 
 
-def _health(engine: Engine) -> Health:
+def _of_model(engine: Engine) -> ModelHealth:
     info = engine.info
-    return Health(
+    return ModelHealth(
         status=engine.status,
         device=info.device if info else None,
-        model=info.name if info else None,
+        model=engine.name,
         sha256=info.sha256 if info else None,
         engine=EngineHealth(
             slots_running=engine.scheduler.running,
@@ -27,7 +28,6 @@ def _health(engine: Engine) -> Health:
             exact=engine.exactness.exact if engine.exactness else None,
             exactness=engine.exactness.how if engine.exactness else None,
         ),
-        version=__version__,
     )
 
 
@@ -35,9 +35,10 @@ def _health(engine: Engine) -> Health:
 @router.get("/health", responses={503: {"model": Health, "description": "starting, draining or failed"}})
 async def health(request: Request, response: Response) -> Health:
     """What is served, on what, and whether it is ready."""
-    engine: Engine = request.app.state.engine
-    response.status_code = 200 if engine.status == "ok" else 503
-    return _health(engine)
+    engines: Engines = request.app.state.engines
+    response.status_code = 200 if engines.status == "ok" else 503
+    models = [_of_model(engine) for engine in engines.by_name.values()]
+    return Health(**{**dict(models[0]), "status": engines.status}, models=models, version=__version__)
 
 
 probes = APIRouter(tags=["health"])
@@ -54,7 +55,7 @@ probes = APIRouter(tags=["health"])
 @probes.get("/v2/health/live", include_in_schema=False)
 async def live(request: Request) -> Response:
     """Whether the process is worth keeping."""
-    return Response(status_code=503 if request.app.state.engine.status == "failed" else 200)
+    return Response(status_code=503 if request.app.state.engines.status == "failed" else 200)
 
 
 @probes.head("/readyz", include_in_schema=False)
@@ -65,4 +66,4 @@ async def live(request: Request) -> Response:
 @probes.get("/v2/health/ready", include_in_schema=False)
 async def ready(request: Request) -> Response:
     """Whether new work is welcome."""
-    return Response(status_code=200 if request.app.state.engine.status == "ok" else 503)
+    return Response(status_code=200 if request.app.state.engines.status == "ok" else 503)

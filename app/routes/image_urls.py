@@ -15,10 +15,9 @@ from fastapi import APIRouter, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from app import errors
-from app.engine.engine import Engine
 from app.engine.request import GenerateParams, ModelInfo
 from app.http import unless_gone
-from app.routes.common import PNG, PROBLEM, loaded_model
+from app.routes.common import PNG, PROBLEM, served
 from app.routes.drawing import draw, encode_sheet, to_params
 from app.schemas import GenerateRequest, parse_fields
 from ddpm_core import samplers
@@ -100,21 +99,18 @@ async def image(
     seed: Annotated[str, Path(json_schema_extra={"pattern": "^[0-9]{1,16}$"})],
 ) -> Response:
     """One image. `model` is name@first 12 of the weights' sha256, and the answer never changes; or the name alone."""
-    info = loaded_model(request)
-    if model not in (info.id, info.name):
-        raise errors.NotFound(f"{model} is not served here; served: {info.id}")
+    engine, info = served(request, model)
     params, scale = _params(request, info, sampler, steps, label, seed)
-    engine: Engine = request.app.state.engine
 
     async def make() -> bytes:
         try:
-            result = await draw(engine, params)
+            result = await draw(request, engine, params)
         except errors.Problem:
             log.warning("the image was not drawn; the engine knew it as request %s", params.request_id)
             raise
         return await run_in_threadpool(encode_sheet, result, params, info, scale)
 
-    key = (dataclasses.replace(params, request_id=""), scale)
+    key = (info.id, dataclasses.replace(params, request_id=""), scale)
     png = await unless_gone(request, request.app.state.sharing.get(key, make))
     etag = f'"{hashlib.sha256(png).hexdigest()[:32]}"'
     fixed = model == info.id and params.sampler != samplers.LEARNED  # its plans may be fitted anew

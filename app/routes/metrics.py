@@ -13,4 +13,4 @@ router = APIRouter(tags=["health"])
 async def metrics(request: Request) -> Response:
     """Every figure of the engine, in the format that Accept prefers."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(request.app.state.engine.metrics.registry), headers={"Content-Type": content_type})
+    return Response(encode(request.app.state.metrics.registry), headers={"Content-Type": content_type})

@@ -13,7 +13,7 @@ from app.access import flow_of
 from app.engine.request import ModelInfo
 from app.forms import form_schema, read_upload
 from app.http import negotiate, unless_gone
-from app.routes.common import FORMATS, JSON, PNG, PROBLEM, b64, loaded_model, random_seed
+from app.routes.common import FORMATS, JSON, PNG, PROBLEM, b64, check_ready, random_seed, served
 from app.schemas import NoisedImage, NoiseRequest, NoiseResponse
 from ddpm_core import __version__
 
@@ -38,17 +38,18 @@ def _timesteps(text: str, info: ModelInfo) -> list[int]:
     response_model=NoiseResponse,
     responses={
         200: {"content": {PNG: {}, NPZ: {}}},
-        **dict.fromkeys((406, 408, 413, 415, 429, 503), PROBLEM),
+        **dict.fromkeys((404, 406, 408, 413, 415, 429, 503), PROBLEM),
     },
     openapi_extra={"requestBody": form_schema(NoiseRequest)},
 )
 async def noise(request: Request) -> Response:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, for one t or several (PNG: a strip)."""
-    info = loaded_model(request)
+    check_ready(request)
     settings = request.app.state.settings
     uploads, held, flow = request.app.state.uploads, request.state.held, flow_of(request.state)
     content, fields = await read_upload(request, NoiseRequest, held)
     media_type = FORMATS[fields.response_format] if fields.response_format else negotiate(request, (JSON, NPZ, PNG))
+    _, info = served(request, fields.model)
     t = _timesteps(fields.t, info)
     seed = random_seed() if fields.seed is None else fields.seed
     alpha_bars = info.alphas_cumprod[t]

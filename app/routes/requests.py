@@ -19,6 +19,6 @@ router = APIRouter(tags=["requests"])
 )
 async def cancel(request: Request, request_id: str) -> Response:
     """Ends one's own request in flight by its X-Request-Id: its slots are free at once, whoever waits gets 410."""
-    if not request.app.state.engine.cancel(request_id, flow_of(request.state)):
+    if not request.app.state.engines.cancel(request_id, flow_of(request.state)):
         raise errors.NotFound(f"no request {request_id} is in flight")
     return Response(status_code=204)

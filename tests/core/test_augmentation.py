@@ -70,7 +70,7 @@ def loss_of(images: Tensor, recipe: Recipe) -> DenoisingLoss:
 
 def trainer_of(images: Tensor, recipe: Recipe) -> Trainer:
     torch.manual_seed(0)
-    net = UNet(dataclasses.replace(DIGITS, sample_size=8, num_class_embeds=None))
+    net = UNet(dataclasses.replace(DIGITS, sample_size=8, num_class_embeds=None, no_label=False))
     return Trainer(net, loss_of(images, recipe), recipe, device=CPU)
 
 

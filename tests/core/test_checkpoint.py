@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddpm_core import checkpoint, sampling
+from ddpm_core import checkpoint, sampling, weights
 from ddpm_core.checkpoint import WEIGHTS_NAME, CheckpointError, WriteError, load_model, verify, write_atomically
 from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.unet import UNet, UNetConfig
@@ -32,6 +32,7 @@ CONFIG = UNetConfig(
     norm_num_groups=8,
     attention_head_dim=None,
     num_class_embeds=4,
+    no_label=True,
 )
 SCHEDULER = SchedulerConfig(
     num_train_timesteps=100,
@@ -89,15 +90,15 @@ def test_a_saved_model_loads_as_it_was_saved(saved: Path) -> None:
     assert model.schedule.num_train_steps == 100
     assert model.null_label == 3
     assert model.sha256 == checkpoint.sha256_of(saved / WEIGHTS)
-    weights = load_file(saved / WEIGHTS)
-    assert all(torch.equal(v, weights[k]) for k, v in model.net.state_dict().items())
+    tensors = load_file(saved / WEIGHTS)
+    assert all(torch.equal(v, tensors[k]) for k, v in model.net.state_dict().items())
     assert not model.net.training
     assert not any(p.requires_grad for p in model.net.parameters())
 
 
 def test_save_model_returns_the_sha256_of_its_weights_and_stores_float32(tmp_path: Path) -> None:
-    weights = UNet(CONFIG).double().state_dict()
-    sha256 = checkpoint.save_model(tmp_path, weights, CONFIG, SCHEDULER)
+    state_dict = UNet(CONFIG).double().state_dict()
+    sha256 = checkpoint.save_model(tmp_path, state_dict, CONFIG, SCHEDULER)
     assert sha256 == checkpoint.sha256_of(tmp_path / WEIGHTS)
     assert {v.dtype for v in load_file(tmp_path / WEIGHTS).values()} == {torch.float32}
 
@@ -124,9 +125,10 @@ def test_clip_sample_false_clips_nothing(model_dir: Path) -> None:
 
 
 def test_notes_and_fields_without_effect_are_accepted(model_dir: Path) -> None:
-    edit(model_dir / UNET_JSON, _diffusers_version="0.1", _name_or_path="x")
-    edit(model_dir / SCHEDULER_JSON, _diffusers_version="0.1", thresholding=False, dynamic_thresholding_ratio=0.9)
-    assert load_model(model_dir).scheduler == SCHEDULER
+    edit(model_dir / UNET_JSON, _diffusers_version="0.1", _name_or_path="x", decay=0.9999, use_ema_warmup=True)
+    edit(model_dir / SCHEDULER_JSON, _diffusers_version="0.1", tensor_format="pt", use_karras_sigmas=True)
+    model = load_model(model_dir)
+    assert (model.config, model.scheduler) == (CONFIG, SCHEDULER)
 
 
 def test_trained_betas_are_the_schedule(model_dir: Path) -> None:
@@ -153,14 +155,19 @@ def test_a_schedule_that_ends_without_signal_is_refused_for_epsilon_alone(model_
         ("encoder_hid_dim", 32),
         ("time_embedding_type", "fourier"),
         ("class_embed_type", "timestep"),
+        ("class_embed_type", "identity"),
+        ("_class_name", "UNet2DConditionModel"),
+        ("time_embedding_type", "learned"),  # of how many timesteps is not said
+        ("out_channels", 2),
         ("mid_block_type", "UNetMidBlock3D"),
         ("down_block_types", ["SkipDownBlock2D"]),
+        ("down_block_types", ["KDownBlock2D"]),
         ("up_block_types", ["UpBlock2D", "UpBlock2D"]),
-        ("act_fn", "gelu"),
-        ("downsample_type", "resnet"),
-        ("upsample_type", "resnet"),
+        ("act_fn", "tanh"),
+        ("downsample_type", "fir"),
+        ("upsample_type", "fir"),
         ("downsample_padding", 2),
-        ("resnet_time_scale_shift", "scale_shift"),
+        ("resnet_time_scale_shift", "spatial"),
         ("norm_num_groups", 3),
         ("attention_head_dim", 5),
         ("attn_norm_num_groups", 3),
@@ -192,15 +199,16 @@ def test_a_unet_field_that_is_not_honoured_is_refused_by_name(model_dir: Path, f
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_karras_sigmas", True),
-        ("thresholding", True),
-        ("rescale_betas_zero_snr", True),
-        ("set_alpha_to_one", False),
+        ("use_karas_sigmas", True),
+        ("thresholding", "yes"),
+        ("dynamic_thresholding_ratio", 1.1),
+        ("sample_max_value", 0.5),
+        ("rescale_betas_zero_snr", 1),
+        ("variance_type", "learned"),
         ("variance_type", "learned_range"),
-        ("variance_type", "fixed_small_log"),
         ("prediction_type", "flow_prediction"),
         ("timestep_spacing", "karras"),
-        ("beta_schedule", "sigmoid"),
+        ("beta_schedule", "exp"),
         ("trained_betas", [*[0.01] * 99, 2.0]),
         ("trained_betas", [0.1, 0.2]),
         ("_class_name", "IPNDMScheduler"),
@@ -225,6 +233,45 @@ def test_a_scheduler_field_that_is_not_honoured_is_refused_by_name(
     message = refusal(model_dir)
     assert message.startswith(str(path))
     assert field.removeprefix("trained_") in message
+
+
+def test_a_marker_of_no_label_without_classes_is_refused(model_dir: Path) -> None:
+    for embedded in (None, 1):
+        edit(model_dir / UNET_JSON, num_class_embeds=embedded)
+        assert '_no_label=true needs num_class_embeds, of one class or more and "no label"' in refusal(model_dir)
+
+
+def test_a_ddim_chain_that_stops_before_the_clean_image_is_refused(model_dir: Path) -> None:
+    """A DDPMScheduler does not read the field: there it is a remnant of another scheduler."""
+    edit(model_dir / SCHEDULER_JSON, set_alpha_to_one=False)
+    assert load_model(model_dir).scheduler == SCHEDULER
+    edit(model_dir / SCHEDULER_JSON, _class_name="DDIMScheduler")
+    message = refusal(model_dir)
+    assert message.startswith(f"{model_dir / SCHEDULER_JSON}: set_alpha_to_one=False is not supported")
+    assert "Set it to true" in message
+
+
+def test_a_schedule_that_is_to_end_without_signal_is_refused_for_epsilon(model_dir: Path) -> None:
+    edit(model_dir / SCHEDULER_JSON, rescale_betas_zero_snr=True)
+    assert load_model(model_dir).schedule.alphas_cumprod[-1] == 0
+    edit(model_dir / SCHEDULER_JSON, prediction_type="epsilon")
+    assert "rescale_betas_zero_snr=True is supported for prediction_type sample and v_prediction" in refusal(model_dir)
+
+
+def test_a_learned_time_embedding_of_too_few_timesteps_is_refused(model_dir: Path) -> None:
+    edit(model_dir / UNET_JSON, time_embedding_type="learned", num_train_timesteps=99)
+    assert "num_train_timesteps=99 of the learned time embedding must be at least the scheduler's, 100" in refusal(
+        model_dir
+    )
+
+
+def test_a_pipeline_with_a_part_between_network_and_images_is_refused(model_dir: Path) -> None:
+    """Its network draws latents; as images they would be noise."""
+    index = model_dir / "model_index.json"
+    edit(index, vqvae=["diffusers", "VQModel"])
+    assert refusal(model_dir).startswith(f"{index}: component 'vqvae' is not supported")
+    edit(index, vqvae=[None, None], noise_scheduler=["diffusers", "DDPMScheduler"])  # by its name of June 2022
+    assert load_model(model_dir).config == CONFIG
 
 
 def test_an_image_size_that_the_levels_cannot_halve_is_refused(model_dir: Path) -> None:
@@ -368,9 +415,9 @@ def test_weights_that_are_cut_short_anywhere_are_refused(model_dir: Path) -> Non
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused_by_the_tensor(model_dir: Path, value: float) -> None:
     path = model_dir / WEIGHTS
-    weights = load_file(path)
-    weights["mid_block.resnets.0.conv1.weight"][3, 2, 1, 0] = value
-    save_file(weights, path)
+    tensors = load_file(path)
+    tensors["mid_block.resnets.0.conv1.weight"][3, 2, 1, 0] = value
+    save_file(tensors, path)
     message = refusal(model_dir)
     assert message.startswith(str(path))
     assert "'mid_block.resnets.0.conv1.weight' holds numbers that are not finite" in message
@@ -378,24 +425,24 @@ def test_weights_that_are_not_finite_are_refused_by_the_tensor(model_dir: Path, 
 
 def test_weights_that_float32_cannot_hold_are_refused(model_dir: Path) -> None:
     """Finite in the file, infinite once they are loaded."""
-    weights = load_file(model_dir / WEIGHTS)
-    save_file({**weights, "conv_in.bias": torch.full((8,), 1e300, dtype=torch.float64)}, model_dir / WEIGHTS)
+    tensors = load_file(model_dir / WEIGHTS)
+    save_file({**tensors, "conv_in.bias": torch.full((8,), 1e300, dtype=torch.float64)}, model_dir / WEIGHTS)
     assert "'conv_in.bias' holds numbers that are not finite" in refusal(model_dir)
 
 
 def test_a_tensor_of_the_wrong_shape_a_missing_and_an_extra_one_are_named(model_dir: Path) -> None:
     path = model_dir / WEIGHTS
-    weights = load_file(path)
+    tensors = load_file(path)
 
-    save_file({**weights, "conv_in.bias": torch.zeros(9)}, path)
+    save_file({**tensors, "conv_in.bias": torch.zeros(9)}, path)
     message = refusal(model_dir)
     assert message.startswith(str(path))
     assert "'conv_in.bias' has shape (9,), the config asks for (8,)" in message
 
-    save_file({k: v for k, v in weights.items() if k != "conv_out.weight"}, path)
+    save_file({k: v for k, v in tensors.items() if k != "conv_out.weight"}, path)
     assert "'conv_out.weight' is missing" in refusal(model_dir)
 
-    save_file({**weights, "conv_extra.weight": torch.zeros(1)}, path)
+    save_file({**tensors, "conv_extra.weight": torch.zeros(1)}, path)
     assert "'conv_extra.weight' is not part of this config" in refusal(model_dir)
 
 
@@ -487,13 +534,13 @@ def test_a_card_that_names_no_weights_is_named(model_dir: Path, content: bytes) 
 
 def test_the_sha256_is_of_the_weights_that_were_loaded(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever writes the file between two looks at it: there is one."""
-    first, check = load_model(model_dir), checkpoint._check_shapes
+    first, check = load_model(model_dir), weights.check_shapes
 
     def swapped_meanwhile(*args: Any) -> None:
         check(*args)
         swap(model_dir)
 
-    monkeypatch.setattr(checkpoint, "_check_shapes", swapped_meanwhile)
+    monkeypatch.setattr(weights, "check_shapes", swapped_meanwhile)
     model = load_model(model_dir)
     assert model.sha256 == first.sha256
     assert torch.equal(model.net.state_dict()["conv_in.weight"], first.net.state_dict()["conv_in.weight"])

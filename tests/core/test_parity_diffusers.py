@@ -1,6 +1,6 @@
-"""The same numbers as diffusers: the U-Net on random weights, whole chains, and directories in both directions.
+"""The same numbers as diffusers: the U-Net on random weights, noise schedules, whole chains, directories that we wrote.
 
-Everything is compared in float64. Their schedulers round to float32 on the way; Float64Torch keeps them from it.
+Everything is compared in float64. test_parity_directories.py has the chains of directories that diffusers wrote.
 """
 
 from __future__ import annotations
@@ -9,41 +9,38 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
-from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_dpmsolver_multistep
 from torch import Tensor
 
 from ddpm_core import checkpoint, samplers, schedules
 from ddpm_core.denoiser import Denoiser
 from ddpm_core.diffusion import Prediction
-from ddpm_core.noise import noise
 from ddpm_core.plans import SamplingPlan, Variance
-from ddpm_core.sampling import draw_noise, sample
+from ddpm_core.sampling import sample
 from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.spacings import Spacing
 from ddpm_core.unet import UNet, UNetConfig
+from tests.core import theirs as oracle
+from tests.core.theirs import (
+    CELEBAHQ,
+    CIFAR10,
+    CIFAR10_NARROW,
+    SEEDS,
+    inputs_of,
+    largest_difference,
+    their_ddim,
+    their_ddpm,
+    theirs_of,
+)
 from tests.networks import DIGITS
 
 # The U-Net
 
-CIFAR10 = UNetConfig(  # google/ddpm-cifar10-32
-    sample_size=32,
-    freq_shift=1,
-    flip_sin_to_cos=False,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(128, 256, 256, 256),
-    layers_per_block=2,
-    downsample_padding=0,
-    attention_head_dim=None,
-    norm_eps=1e-6,
-)
 SMALL = UNetConfig(
     sample_size=16,
     block_out_channels=(16, 32, 32),
@@ -55,7 +52,10 @@ SMALL = UNetConfig(
 )
 CONFIGS = {
     "digits": DIGITS,
-    "cifar10_narrow": dataclasses.replace(CIFAR10, block_out_channels=(8, 16, 16, 16), norm_num_groups=4),
+    "cifar10_narrow": CIFAR10_NARROW,
+    "celebahq_narrow": dataclasses.replace(
+        CELEBAHQ, sample_size=32, block_out_channels=(4, 4, 8, 8, 16, 16), norm_num_groups=4
+    ),
     "heads_of_8_in_several_levels": SMALL,
     "scale_shift": dataclasses.replace(SMALL, resnet_time_scale_shift="scale_shift", add_attention=False),
     "scale_shift_with_attention_groups": dataclasses.replace(
@@ -66,22 +66,27 @@ CONFIGS = {
     "middle_scaled": dataclasses.replace(SMALL, mid_block_scale_factor=1.5),
     "inputs_centred": dataclasses.replace(SMALL, center_input_sample=True, time_embedding_dim=48),
     "other_layers": dataclasses.replace(SMALL, layers_per_block=3, act_fn="swish", norm_eps=1e-3),
+    "resampled_by_residual_blocks": dataclasses.replace(SMALL, downsample_type="resnet", upsample_type="resnet"),
+    "like_guided_diffusion": dataclasses.replace(  # and the consistency models on it
+        SMALL,
+        down_block_types=("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
+        downsample_type="resnet",
+        upsample_type="resnet",
+        resnet_time_scale_shift="scale_shift",
+        num_class_embeds=5,
+    ),
+    "middle_attention_without_norm": dataclasses.replace(SMALL, resnet_time_scale_shift="scale_shift"),
+    "learned_time_embedding": dataclasses.replace(SMALL, time_embedding_type="learned", num_train_timesteps=1000),
+    "heads_that_fit_where_there_is_attention": dataclasses.replace(
+        SMALL, down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3, attention_head_dim=32
+    ),
+    "odd_embedding": dataclasses.replace(
+        SMALL, block_out_channels=(9, 18, 18), norm_num_groups=9, attention_head_dim=9
+    ),
+    "dropout_has_no_effect_in_evaluation": dataclasses.replace(SMALL, dropout=0.5),
+    **{f"act_{name}": dataclasses.replace(SMALL, act_fn=name) for name in ("silu", "mish", "gelu", "relu", "SiLU")},
 }
-
-
-def theirs_of(config: UNetConfig) -> UNet2DModel:
-    """diffusers' network of the same config: every parameter random, none left at 0 or 1."""
-    torch.manual_seed(0)
-    net = UNet2DModel(**{k: v for k, v in config.to_dict().items() if not k.startswith("_")})
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    return net.double().eval()
-
-
-def inputs_of(config: UNetConfig) -> tuple[Tensor, Tensor, Tensor | None]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(3, *config.image_shape, generator=generator, dtype=torch.float64)
-    return x, torch.tensor([0, 17, 999]), torch.tensor([0, 3, 10]) if config.num_class_embeds else None
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -98,34 +103,53 @@ def test_the_unet_is_theirs_on_random_weights(config: UNetConfig) -> None:
     assert float((got - wanted).abs().max()) <= 1e-9
 
 
-def test_the_network_of_ddpm_cifar10_32_has_its_number_of_parameters() -> None:
+@pytest.mark.parametrize(
+    ("config", "parameters"), [(CIFAR10, 35_746_307), (CELEBAHQ, 113_673_219)], ids=["cifar10_32", "celebahq_256"]
+)
+def test_the_networks_of_google_have_their_tensors_in_full_size(config: UNetConfig, parameters: int) -> None:
     with torch.device("meta"):
-        assert sum(p.numel() for p in UNet(CIFAR10).parameters()) == 35_746_307
+        ours = UNet(config)
+        theirs = UNet2DModel(**{k: v for k, v in config.to_dict().items() if not k.startswith("_")})
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+def test_every_field_of_their_network_is_a_field_of_ours_with_its_default() -> None:
+    theirs = UNet2DModel._get_init_keys(UNet2DModel) - {"self"}
+    ours = {f.name: f.default for f in dataclasses.fields(UNetConfig)}
+    assert set(ours) == theirs | {"no_label"}
+    with torch.device("meta"):
+        defaults = UNet2DModel().config
+    assert {k: defaults[k] for k in theirs} == {k: ours[k] for k in theirs}
+
+
+# Schedules
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"])
+def test_noise_schedules_are_theirs(name: str, rescaled: bool) -> None:
+    config: dict[str, Any] = {"beta_schedule": name, "num_train_timesteps": 700, "rescale_betas_zero_snr": rescaled}
+    torch.set_default_dtype(torch.float64)  # of what they let torch choose
+    try:
+        theirs = DDPMScheduler(**config, beta_start=2e-4, beta_end=0.03, prediction_type="sample")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ours = schedules.from_config({**config, "beta_start": 2e-4, "beta_end": 0.03})
+    assert np.abs(ours.alphas_cumprod - theirs.alphas_cumprod.numpy()).max() <= 1e-13
+    assert (ours.alphas_cumprod[-1] == 0) == rescaled
 
 
 # Chains
 
 SHAPE = (2, 4, 4)
-SEEDS = [3, 1, 4]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 SCHEDULES = {"linear": schedules.linear(), "cosine": schedules.cosine()}
 
 
-class Float64Torch:
-    """torch as a module that was told to use float32 sees it, with float64 in its place."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def float64_schedulers() -> Iterator[None]:
-    modules: list[ModuleType] = [scheduling_ddpm, scheduling_ddim, scheduling_dpmsolver_multistep]
-    with pytest.MonkeyPatch.context() as patch:
-        for module in modules:
-            patch.setattr(module, "torch", Float64Torch())
+    with oracle.float64_schedulers():
         yield
 
 
@@ -136,21 +160,11 @@ def network(x_t: Tensor, t: Tensor | int, label: Tensor | None = None) -> Tensor
 
 
 def start() -> Tensor:
-    return draw_noise(SEEDS, 0, torch.empty(0, *SHAPE, dtype=torch.float64))
+    return oracle.start(SHAPE)
 
 
 def our_states(plan: SamplingPlan, prediction: Prediction, clip: float | None) -> list[Tensor]:
     return [s.x for s in sample(Denoiser(network, prediction, clip, None), plan, start(), SEEDS)]
-
-
-def their_noise(row: int) -> Tensor:
-    """What our chain draws in a row of its plan."""
-    return torch.stack([noise(seed, row + 1, SHAPE) for seed in SEEDS]).double()
-
-
-def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    assert len(ours) == len(theirs)
-    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
 def config_of(name: str, prediction: Prediction, spacing: Spacing) -> dict[str, Any]:
@@ -174,7 +188,6 @@ def config_of(name: str, prediction: Prediction, spacing: Spacing) -> dict[str, 
     ],
 )
 def test_ddpm_chains_are_theirs(
-    monkeypatch: pytest.MonkeyPatch,
     name: str,
     steps: int | None,
     variance: Variance,
@@ -187,11 +200,7 @@ def test_ddpm_chains_are_theirs(
     )
     if steps:
         scheduler.set_timesteps(steps)
-    x, theirs = start(), []
-    for row, t in enumerate(scheduler.timesteps.tolist()):
-        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *a, row=row, **k: their_noise(row))
-        x = scheduler.step(network(x, t), t, x).prev_sample
-        theirs.append(x)
+    theirs = their_ddpm(scheduler, network, start())
     plan = samplers.build(SCHEDULES[name], "ddpm", steps, variance=variance, spacing=spacing)
     assert plan.timesteps.tolist() == scheduler.timesteps.tolist()
     assert largest_difference(our_states(plan, prediction, 1.0), theirs) <= 1e-9
@@ -204,13 +213,7 @@ def test_ddim_chains_are_theirs(name: str, spacing: Spacing, eta: float, predict
     """20 steps, clipped at 0.9, with eps re-derived from the clipped x_0_hat."""
     scheduler = DDIMScheduler(**config_of(name, prediction, spacing), clip_sample=True, clip_sample_range=0.9)
     scheduler.set_timesteps(20)
-    x, theirs = start(), []
-    for row, t in enumerate(scheduler.timesteps.tolist()):
-        noise_of_row = their_noise(row) if eta else None
-        x = scheduler.step(
-            network(x, t), t, x, eta=eta, use_clipped_model_output=True, variance_noise=noise_of_row
-        ).prev_sample
-        theirs.append(x)
+    theirs = their_ddim(scheduler, network, start(), eta)
     plan = samplers.build(SCHEDULES[name], "ddim", 20, eta=eta, spacing=spacing)
     assert largest_difference(our_states(plan, prediction, 0.9), theirs) <= 1e-9
 
@@ -243,38 +246,11 @@ def test_dpmpp_2m_chains_are_theirs(name: str, steps: int, prediction: Predictio
 # Directories
 
 
-def write_with_diffusers(directory: Path, *, flat: bool) -> UNet2DModel:
-    net = theirs_of(DIGITS).float()
-    scheduler = DDPMScheduler(
-        variance_type="fixed_large", prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2"
-    )
-    if flat:
-        net.save_pretrained(directory)
-        scheduler.save_pretrained(directory)
-    else:
-        DDPMPipeline(net, scheduler).save_pretrained(directory)
-    return net
-
-
-@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@torch.no_grad()
-def test_a_directory_that_diffusers_wrote_loads_here(tmp_path: Path, flat: bool) -> None:
-    theirs = write_with_diffusers(tmp_path / "model", flat=flat)
-    model = checkpoint.load_model(tmp_path / "model")
-    x, t, label = inputs_of(DIGITS)
-    assert label is not None
-    wanted = theirs(x.float(), t, class_labels=label).sample
-    assert torch.allclose(model.net(x.float(), t, label), wanted, atol=1e-5, rtol=1e-4)
-    assert model.scheduler.prediction_type == "v_prediction"
-    assert model.scheduler.variance_type == "fixed_large"
-    assert np.array_equal(model.schedule.betas, SCHEDULES["cosine"].betas)
-    assert (model.name, model.null_label, model.config.image_shape) == ("model", 10, (1, 28, 28))
-
-
 @torch.no_grad()
 def test_a_directory_that_we_wrote_loads_in_diffusers(tmp_path: Path) -> None:
     ours = UNet(DIGITS).eval()
     ours.load_state_dict(theirs_of(DIGITS).float().state_dict())
+    assert DIGITS.no_label
     scheduler = SchedulerConfig(prediction_type="v_prediction", beta_schedule="scaled_linear", clip_sample_range=0.7)
     checkpoint.save_model(tmp_path, ours.state_dict(), DIGITS, scheduler)
     pipeline = DDPMPipeline.from_pretrained(tmp_path)

@@ -13,6 +13,8 @@ BUILDERS = {
     "linear": schedules.linear,
     "scaled_linear": schedules.scaled_linear,
     "squaredcos_cap_v2": schedules.cosine,
+    "sigmoid": schedules.sigmoid,
+    "laplace": schedules.laplace,
 }
 
 
@@ -36,6 +38,22 @@ def test_cosine_follows_the_squared_cosine_and_clips_its_betas() -> None:
     f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
     assert schedule.betas.max() == 0.999
     assert schedule.alphas_cumprod[:-1] == pytest.approx(f[1:-1] / f[0], rel=1e-9)
+
+
+def test_sigmoid_is_a_logistic_curve_between_its_ends() -> None:
+    betas = schedules.sigmoid(101, beta_start=0.01, beta_end=0.03).betas
+    assert betas[50] == pytest.approx(0.02, rel=1e-12)
+    share = (betas - 0.01) / 0.02
+    assert np.log(share / (1 - share)) == pytest.approx(np.linspace(-6, 6, 101), abs=1e-9)
+
+
+def test_a_schedule_without_signal_at_its_end_is_the_old_one_stretched() -> None:
+    """Lin et al. 2023: sqrt(alpha_bar) keeps its beginning, becomes 0 at the end, and is affine in what it was."""
+    old, new = schedules.scaled_linear(), schedules.zero_terminal_snr(schedules.scaled_linear())
+    before, after = np.sqrt(old.alphas_cumprod), np.sqrt(new.alphas_cumprod)
+    assert after[0] == pytest.approx(before[0], rel=1e-12)
+    assert new.alphas_cumprod[-1] == 0
+    assert after == pytest.approx((before - before[-1]) * before[0] / (before[0] - before[-1]), rel=1e-9, abs=1e-15)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -78,8 +96,8 @@ def test_trained_betas_win_over_the_schedules_name() -> None:
 
 
 def test_an_unknown_schedule_is_refused_by_its_name() -> None:
-    with pytest.raises(ValueError, match=r"beta_schedule='sigmoid' is not supported.*squaredcos_cap_v2"):
-        schedules.from_config({"beta_schedule": "sigmoid"})
+    with pytest.raises(ValueError, match=r"beta_schedule='exp' is not supported.*squaredcos_cap_v2"):
+        schedules.from_config({"beta_schedule": "exp"})
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class Service:
 
     def start(self, *, wait: bool = True) -> None:
         self.run(self.lifespan.__aenter__())
-        while wait and self.app.state.engine.status == "starting":
+        while wait and self.app.state.engines.status == "starting":
             self.run(asyncio.sleep(0.01))
 
     def stop(self) -> None:
@@ -59,7 +59,7 @@ class Service:
 @pytest.fixture(scope="session")
 def service(model_dir: Path) -> Iterator[Service]:
     """The app on the tiny model, ready."""
-    running = Service(Settings(model=model_dir, device="cpu"))
+    running = Service(Settings(model=str(model_dir), device="cpu"))
     running.start()
     yield running
     running.stop()
@@ -71,7 +71,10 @@ def make_service(model_dir: Path) -> Iterator[Callable[..., Service]]:
     made: list[Service] = []
 
     def make(*, wait: bool = True, **settings: Any) -> Service:
-        running = Service(Settings(**{"model": model_dir, "device": "cpu", **settings}))
+        given = settings if "models" in settings else {"model": model_dir, **settings}
+        running = Service(
+            Settings(**{"device": "cpu", **{k: str(v) if isinstance(v, Path) else v for k, v in given.items()}})
+        )
         made.append(running)
         running.start(wait=wait)
         return running

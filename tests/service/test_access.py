@@ -41,7 +41,7 @@ def routes() -> list[tuple[str, str]]:
         id(value): value for module in modules for value in vars(module).values() if isinstance(value, APIRouter)
     }
     return sorted(
-        (method, route.path.format(model="tiny", sampler="ddim", steps=1, label=1, seed=1, request_id="x"))
+        (method, route.path.format(model="tiny", version="1", sampler="ddim", steps=1, label=1, seed=1, request_id="x"))
         for router in routers.values()
         for route in router.routes
         if isinstance(route, APIRoute)
@@ -61,7 +61,7 @@ def test_without_a_key_nothing_but_probes_answers(make_service: Callable[..., Se
                 assert response.status_code == 401
                 assert response.headers["www-authenticate"] == "Bearer"
                 assert method == "HEAD" or "key" in assert_problem(response, 401)["detail"]
-    refused = service.app.state.engine.metrics.registry.get_sample_value(
+    refused = service.app.state.engines.default.metrics.registry.get_sample_value(
         "ddpm_refused_total", {"reason": "unauthorized"}
     )
     assert refused == 4 * sum(path not in OPEN | DOCS for _, path in routes())
@@ -118,7 +118,7 @@ def test_a_body_is_not_read_before_the_key_is_known(make_service: Callable[..., 
 
 def test_each_key_has_slots_of_its_own(make_service: Callable[..., Service], hold: threading.Event) -> None:
     service = make_service(api_keys=KEYS, key_slots=4, max_images=4)
-    engine = service.app.state.engine
+    engine = service.app.state.engines.default
     hold.clear()
 
     async def ask_all() -> list[int]:
@@ -146,7 +146,7 @@ def test_each_key_has_slots_of_its_own(make_service: Callable[..., Service], hol
 def test_a_key_meets_no_request_of_another(make_service: Callable[..., Service], hold: threading.Event) -> None:
     """Neither by ending it nor by taking its id."""
     service = make_service(api_keys=KEYS)
-    engine = service.app.state.engine
+    engine = service.app.state.engines.default
     hold.clear()
 
     async def both() -> tuple[int, int, int, int, int]:

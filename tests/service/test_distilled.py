@@ -30,7 +30,7 @@ def student_dir(model_dir: Path, tmp_path: Path) -> Path:
 
 def test_every_preset_is_the_model_s_own_way(student_dir: Path, make_service: Callable[..., Service]) -> None:
     service = make_service(model=student_dir)
-    assert service.app.state.engine.exactness.exact
+    assert service.app.state.engines.default.exactness.exact
     answers = {service.generate({"seed": 4, "label": 2, **more}).content for more in (
         {}, {"sampler": "ddim"}, {"sampler": "fast"}, {"sampler": "reference"}, {"steps": 2}
     )}  # fmt: skip

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from app import images
-from app.routes import health, metrics, requests
+from app.routes import capabilities, health, metrics, oip, requests
 from tests.networks import save_tiny
 from tests.service.conftest import Service, assert_problem, encode_grey
 from tests.service.fuzz import T, fuzz
@@ -27,7 +27,12 @@ OTHERS = {
     "metrics": ("GET", "/metrics"),
     "live": ("GET", "/livez"),
     "ready": ("GET", "/readyz"),
+    "capabilities": ("GET", "/capabilities"),
+    "server_metadata": ("GET", "/v2"),
+    "model_metadata": ("GET", "/v2/models/tiny"),
+    "model_ready": ("GET", "/v2/models/tiny/ready"),
 }
+POSTED = {"generate": "/generate", "infer": "/v2/models/tiny/infer"}  # as JSON
 
 
 class Provoking:
@@ -36,7 +41,7 @@ class Provoking:
     def __init__(self, make: Callable[..., Service], hold: threading.Event, patch: pytest.MonkeyPatch) -> None:
         self.service = make(api_keys=KEY["x-api-key"], metrics_key=True, request_s=0.2, queue_slots=4, max_images=4)
         self.hold, self.patch = hold, patch
-        self.engine = self.service.app.state.engine
+        self.engine = self.service.app.state.engines.default
 
     async def ask(self, operation: str, more: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
         """A good request, but for what is said."""
@@ -44,6 +49,10 @@ class Provoking:
         client = self.service.client
         if operation == "generate":
             return await client.post("/generate", json={"steps": 2, **fields}, headers=headers)
+        if operation == "infer":
+            seed = {"name": "seed", "shape": [1], "datatype": "INT64", "data": [1]}
+            body = {"inputs": [seed], "parameters": {"steps": 2, **fields}}
+            return await client.post(POSTED[operation], json=body, headers=headers)
         if operation in ("denoise", "noise"):
             data = (
                 {"t": "9"} | ({"steps": "2"} if operation == "denoise" else {}) | {k: str(v) for k, v in fields.items()}
@@ -71,7 +80,11 @@ class Provoking:
 
         with self.patch.context() as patch:
             patch.setattr(images, "encode_png", fail)
-            patch.setattr(health, "_health", fail)
+            patch.setattr(health, "_of_model", fail)
+            patch.setattr(capabilities, "_model", fail)
+            for metadata in ("OutputTensor", "ServerMetadata", "TensorMetadata"):
+                patch.setattr(oip, metadata, fail)
+            patch.setattr(oip, "Response", fail)
             patch.setattr(metrics, "choose_encoder", fail)
             patch.setattr(requests, "flow_of", fail)
             patch.setattr(health, "Response", fail)
@@ -140,42 +153,56 @@ class Provoking:
     async def not_found(self, operation: str) -> httpx.Response:
         if operation == "cancel":
             return await self.ask(operation)
+        if operation in ("generate", "denoise", "noise"):
+            return await self.ask(operation, model="another")
+        if operation == "infer":
+            return await self.service.client.post("/v2/models/another/infer", headers=KEY)
+        if operation in ("model_metadata", "model_ready"):
+            return await self.service.client.get(OTHERS[operation][1].replace("tiny", "another"), headers=KEY)
         return await self.service.client.get("/images/another/ddim-2/7/1.png", headers=KEY)
 
     async def too_large(self, operation: str) -> httpx.Response:
-        if operation == "generate":
-            return await self.service.client.post("/generate", content=b" " * 20_000, headers=KEY)
+        if operation in POSTED:
+            return await self.service.client.post(POSTED[operation], content=b" " * 20_000, headers=KEY)
         return await self.ask(operation, image_content=b"x" * 11 * 2**20)
 
     async def another_type(self, operation: str) -> httpx.Response:
         return await self.service.client.post(
-            f"/{operation}", content=b"a=1", headers={**KEY, "content-type": "application/x-www-form-urlencoded"}
+            POSTED.get(operation, f"/{operation}"),
+            content=b"a=1",
+            headers={**KEY, "content-type": "application/x-www-form-urlencoded"},
         )
 
     async def too_slow(self, operation: str) -> httpx.Response:
         async def body() -> AsyncIterator[bytes]:
-            yield b"{" if operation == "generate" else b"--a\r\n"
+            yield b"{" if operation in POSTED else b"--a\r\n"
             await asyncio.sleep(5)
 
-        kind = "application/json" if operation == "generate" else "multipart/form-data; boundary=a"
-        return await self.service.client.post(f"/{operation}", content=body(), headers={**KEY, "content-type": kind})
+        kind = "application/json" if operation in POSTED else "multipart/form-data; boundary=a"
+        path = POSTED.get(operation, f"/{operation}")
+        return await self.service.client.post(path, content=body(), headers={**KEY, "content-type": kind})
 
 
 How = Callable[[Provoking, str], Coroutine[Any, Any, httpx.Response]]
 P = Provoking
 ALWAYS: dict[int, How] = {200: P.ok, 401: P.unauthorized, 422: P.invalid, 500: P.broken}
 DRAWN: dict[int, How] = {
-    **ALWAYS, 406: P.not_acceptable, 408: P.too_slow, 409: P.in_flight, 410: P.cancelled, 413: P.too_large,
-    415: P.another_type, 429: P.queue_full, 503: P.unavailable, 504: P.deadline_passed,
+    **ALWAYS, 404: P.not_found, 406: P.not_acceptable, 408: P.too_slow, 409: P.in_flight, 410: P.cancelled,
+    413: P.too_large, 415: P.another_type, 429: P.queue_full, 503: P.unavailable, 504: P.deadline_passed,
 }  # fmt: skip
 HOW: dict[str, dict[int, How]] = {
     "generate": DRAWN,
     "denoise": DRAWN,
     "image": {**ALWAYS, 304: P.not_modified, 404: P.not_found, 429: P.queue_full, 503: P.unavailable},
     "noise": {
-        **ALWAYS, 406: P.not_acceptable, 408: P.too_slow, 413: P.too_large, 415: P.another_type, 429: P.uploads_full,
-        503: P.unavailable,
+        **ALWAYS, 404: P.not_found, 406: P.not_acceptable, 408: P.too_slow, 413: P.too_large,
+        415: P.another_type, 429: P.uploads_full, 503: P.unavailable,
     },
+    "infer": {status: how for status, how in DRAWN.items() if status != 406},
+    "capabilities": {**ALWAYS, 503: P.unavailable},
+    "server_metadata": ALWAYS,
+    "model_metadata": {**ALWAYS, 404: P.not_found, 503: P.unavailable},
+    "model_ready": {**ALWAYS, 404: P.not_found, 503: P.unavailable},
     "cancel": {204: P.cancels, 401: P.unauthorized, 404: P.not_found, 422: P.invalid, 500: P.broken},
     "health": {**ALWAYS, 503: P.unavailable},
     "metrics": ALWAYS,
@@ -215,7 +242,7 @@ def test_every_status_is_as_described(provoking: Provoking, operation: str) -> N
             assert response.headers["content-type"].partition(";")[0] in kinds
         if "application/problem+json" in kinds and response.headers["content-type"] == "application/problem+json":
             assert_problem(response, status)
-        if status in (429, 503) and operation in ("generate", "denoise", "image", "noise"):
+        if status in (429, 503) and operation in ("generate", "denoise", "image", "noise", "infer"):
             assert int(response.headers["retry-after"]) >= 1
         for name in told[status].get("headers", {}):
             assert name in response.headers

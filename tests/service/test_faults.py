@@ -273,7 +273,7 @@ def test_a_pinned_service_starts_with_those_weights_alone(model_dir: Path) -> No
     with server(model=model_dir, model_sha256=right[:16]) as it:
         assert it.get("/health").json()["sha256"] == right
     assert right in refused_start(model=model_dir, model_sha256="0" * 64).stderr
-    with pytest.raises(ValidationError, match="model_sha256"):
+    with pytest.raises(ValidationError, match="MODEL_SHA256"):
         Settings(model_sha256="xyz")
 
 

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app import images
 from app.engine.admission import Bounds
 from app.engine.engine import Engine
+from app.engine.engines import Engines
 from app.engine.request import EngineNotReady, GenerateParams
 from app.engine.runner import Row, Runner
 from ddpm_core import __version__
@@ -30,16 +31,16 @@ PARAMS = GenerateParams("one", (0,), (None,), "ddim", 1, 0.0, 1.0)
 def test_health_says_what_is_served(service: Service, model_dir: Path) -> None:
     response = service.request("GET", "/health")
     assert response.status_code == 200
-    assert response.json() == {
+    of_model = {
         "status": "ok", "device": "cpu", "model": "tiny",
         "sha256": sha256_of(model_dir / "unet" / WEIGHTS_NAME),
         "engine": {
             "slots_running": 0, "slots_waiting": 0, "slots_limit": 1024, "runtime": "onnxruntime",
-            "batch_rows_limit": service.app.state.engine.rows_limit, "exact": True,
+            "batch_rows_limit": service.app.state.engines.default.rows_limit, "exact": True,
             "exactness": "exact at all 32 batch sizes tried, 1 to 32 rows",
         },
-        "version": __version__,
     }  # fmt: skip
+    assert response.json() == {**of_model, "models": [of_model], "version": __version__}
     assert all(service.request("GET", path).status_code == 200 for path in PROBES + LIVE)
     assert all(service.request("HEAD", path).status_code == 200 for path in ("/health", "/livez", "/readyz"))
 
@@ -48,8 +49,8 @@ def test_while_the_model_loads_it_is_alive_but_not_ready(make_service: Callable[
     gate = threading.Event()
     service = make_service(wait=False, model=model_dir)
     # A second engine whose loading is held: the first has started already.
-    held = Engine(lambda: (gate.wait(), Runner.load(model_dir, "cpu"))[1], bounds=Bounds(8))
-    first, service.app.state.engine = service.app.state.engine, held
+    held = Engine(lambda: (gate.wait(), Runner.load(str(model_dir), "cpu"))[1], bounds=Bounds(8))
+    first, service.app.state.engines = service.app.state.engines, Engines([held])
     held.start()
     try:
         assert service.request("GET", "/health").status_code == 503
@@ -62,14 +63,14 @@ def test_while_the_model_loads_it_is_alive_but_not_ready(make_service: Callable[
     finally:
         gate.set()
         assert held.stop(30)
-        service.app.state.engine = first
+        service.app.state.engines = first
 
 
 def test_draining_refuses_new_work_and_serves_the_accepted(
     make_service: Callable[..., Service], hold: threading.Event
 ) -> None:
     service = make_service()
-    engine: Engine = service.app.state.engine
+    engine: Engine = service.app.state.engines.default
     hold.clear()
 
     async def accepted_and_refused() -> list[httpx.Response]:
@@ -94,7 +95,7 @@ def test_draining_refuses_new_work_and_serves_the_accepted(
 def test_work_that_came_while_it_stopped_is_refused(model_dir: Path) -> None:
     """Stopped while it loads: it never takes work, and its thread ends."""
     gate = threading.Event()
-    engine = Engine(lambda: (gate.wait(60), Runner.load(model_dir, "cpu"))[1], bounds=Bounds(8))
+    engine = Engine(lambda: (gate.wait(60), Runner.load(str(model_dir), "cpu"))[1], bounds=Bounds(8))
     engine.start()
     engine.drain()
     gate.set()
@@ -106,7 +107,7 @@ def test_work_that_came_while_it_stopped_is_refused(model_dir: Path) -> None:
 def test_when_the_thread_dies_nobody_waits(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Running or waiting: each has its answer, and the failure is told."""
     gate, failures = threading.Event(), list[BaseException]()
-    engine = Engine(lambda: Runner.load(model_dir, "cpu"), bounds=Bounds(8), batch_rows=1)
+    engine = Engine(lambda: Runner.load(str(model_dir), "cpu"), bounds=Bounds(8), batch_rows=1)
     engine.on_failure = failures.append
     engine.start()
     while engine.status == "starting":
@@ -134,7 +135,7 @@ def test_a_model_that_cannot_be_loaded_fails_the_engine(make_service: Callable[.
     assert service.request("GET", "/health").json()["status"] == "failed"
     assert service.request("GET", "/livez").status_code == 503
     assert service.generate({}).status_code == 503
-    assert "no model directory" in str(service.app.state.engine.failure)
+    assert "no model directory" in str(service.app.state.engines.default.failure)
 
 
 def test_an_error_in_one_request_is_its_own(make_service: Callable[..., Service], monkeypatch) -> None:  # type: ignore[no-untyped-def]
@@ -181,7 +182,7 @@ def test_metrics_are_what_prometheus_reads(service: Service) -> None:
     }
     assert found["ddpm_slots_limit"] == 1024
     assert found["ddpm_slots_running"] == found["ddpm_slots_waiting"] == 0
-    assert found["ddpm_batch_rows_limit"] == service.app.state.engine.rows_limit
+    assert found["ddpm_batch_rows_limit"] == service.app.state.engines.default.rows_limit
     assert found["ddpm_step_seconds_count"] >= 3
     assert found["ddpm_images_total"] >= 2
     for name in (

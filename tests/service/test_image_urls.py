@@ -16,7 +16,7 @@ from tests.service.conftest import Service, assert_problem
 
 
 def url(service: Service, rest: str = "dpmpp_2m-3/7/5.png", pinned: bool = True) -> str:
-    info = service.app.state.engine.info
+    info = service.app.state.engines.default.info
     return f"/images/{info.id if pinned else info.name}/{rest}"
 
 
@@ -132,7 +132,7 @@ def test_a_wrong_url_is_a_problem(service: Service, rest: str, status: int, fiel
 def test_another_model_is_404_and_names_the_one_that_is_served(service: Service) -> None:
     for model in ("other", "tiny@000000000000"):
         problem = assert_problem(service.request("GET", f"/images/{model}/ddim-3/7/5.png"), 404)
-        assert service.app.state.engine.info.id in problem["detail"]
+        assert service.app.state.engines.default.info.id in problem["detail"]
 
 
 def test_identical_pictures_in_flight_are_one_computation(
@@ -140,7 +140,7 @@ def test_identical_pictures_in_flight_are_one_computation(
 ) -> None:
     """Which goes on while one of its waiters is there, and ends with the last."""
     service = make_service()
-    engine: Engine = service.app.state.engine
+    engine: Engine = service.app.state.engines.default
     hold.clear()
 
     async def waiters() -> list[httpx.Response]:
@@ -163,6 +163,6 @@ def test_identical_pictures_in_flight_are_one_computation(
     answers = service.run(waiters())
     assert [answer.status_code for answer in answers] == [200] * 4
     assert len({answer.content for answer in answers}) == 1
-    found = engine.metrics.registry.get_sample_value("ddpm_images_total")
+    found = engine.metrics.registry.get_sample_value("ddpm_images_total", {"model": "tiny"})
     assert found == 1
     assert service.request("GET", url(service, "ddim-3/7/6.png")).status_code == 200

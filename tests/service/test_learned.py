@@ -51,7 +51,7 @@ def test_other_steps_and_other_starts_are_refused(service: Service) -> None:
 
 
 def test_a_model_without_learned_plans_says_what_it_knows(service: Service) -> None:
-    info = dataclasses.replace(service.app.state.engine.info, learned={})
+    info = dataclasses.replace(service.app.state.engines.default.info, learned={})
     with pytest.raises(Invalid) as refused:
         to_params(GenerateRequest(sampler="learned"), info, service.app.state.settings, "id")
     assert "not known; known: ddpm, ddim" in json.dumps(refused.value.errors)

@@ -228,7 +228,7 @@ def test_more_workers_are_refused_with_the_reason(model_dir: Path, monkeypatch: 
 def test_a_worker_of_another_server_is_refused_too(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `uvicorn --workers` starts them: processes of one parent."""
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
-    service = Service(Settings(model=model_dir, device="cpu"))
+    service = Service(Settings(model=str(model_dir), device="cpu"))
     with pytest.raises(RuntimeError, match="one process serves one device"):
         service.start()
     service.run(service.client.aclose())

@@ -46,7 +46,8 @@ class Poisoned(Counting):
 
 
 def metric(stepped: Stepped, name: str, **labels: str) -> float:
-    value = stepped.engine.metrics.registry.get_sample_value(f"ddpm_{name}", labels)
+    of_model = {} if name == "refused_total" else {"model": stepped.engine.name}
+    value = stepped.engine.metrics.registry.get_sample_value(f"ddpm_{name}", of_model | labels)
     assert value is not None
     return value
 
@@ -497,7 +498,7 @@ def test_an_idle_engine_blocks(make_engine: Make) -> None:
     stepped = make_engine()
     engine, ticks = stepped.engine, []
     tick = engine.tick
-    engine.tick = lambda: ticks.append(0) or tick()  # type: ignore[method-assign]
+    engine.tick = lambda waited_s: ticks.append(waited_s) or tick(waited_s)  # type: ignore[method-assign]
     engine.load = lambda: None  # type: ignore[method-assign]
     engine.start()
     for name in ("a", "b"):

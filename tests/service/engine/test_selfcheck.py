@@ -73,7 +73,9 @@ def test_padding_is_counted_and_done(make_engine: Callable[..., Stepped]) -> Non
     assert network.calls
     assert not [rows for rows in network.calls if rows % 4]
     registry = stepped.engine.metrics.registry
-    assert registry.get_sample_value("ddpm_padding_rows_total") == sum(network.calls) - 4 * (3 + 2 * 2)
+    assert registry.get_sample_value("ddpm_padding_rows_total", {"model": "model"}) == sum(network.calls) - 4 * (
+        3 + 2 * 2
+    )
 
 
 def test_a_pinned_network_sees_one_size_alone(make_engine: Callable[..., Stepped]) -> None:
@@ -110,7 +112,7 @@ def test_it_can_be_spared(make_service: Callable[..., Service]) -> None:
 
 def test_the_real_network_is_exact_here(model_dir: Path, model: Model) -> None:
     """On every machine that runs these tests ONNX Runtime's rows have been their own; the engine would pad if not."""
-    found = find_exactness(Runner.load(model_dir, "cpu"), most=32, pin=8)
+    found = find_exactness(Runner.load(str(model_dir), "cpu"), most=32, pin=8)
     assert found.exact
 
 
