@@ -6,7 +6,7 @@ BIN := .venv/bin
 # uv installs from the registry alone: a stray wheel in a find-links folder cannot give a torch without its torchvision.
 UV := env -u PIP_FIND_LINKS -u VIRTUAL_ENV $(BIN)/uv pip
 
-.PHONY: serve test check test-slow fuzz soak card lock audit sbom image clean
+.PHONY: serve test check test-slow fuzz soak card docs lock audit sbom image clean
 
 serve: .venv/service
 	DDPM_PORT=$(PORT) $(BIN)/python -m app
@@ -34,6 +34,10 @@ DATA_ROOT ?= data
 card: .venv/service
 	$(BIN)/python -m ddpm_core.evaluate --data-root $(DATA_ROOT) --card
 	$(BIN)/python -m ddpm_core.evaluate --data-root $(DATA_ROOT) --card --model weights/mnist-2
+
+# The plots and pictures of docs/concepts, by the shipped weights: a minute or two on two cores.
+docs: .venv/service
+	$(BIN)/python docs/plots.py
 
 lock: $(BIN)/uv
 	$(UV) compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
