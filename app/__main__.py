@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from app import logs
 from app.connections import SPARE, bounded
 from app.engine.engines import Engines
+from app.jobs import Jobs
 from app.main import LAST_WORDS_S, ONE_PROCESS, create_app
 from app.settings import Settings
 
@@ -33,9 +34,9 @@ SECOND_SIGNAL_S = 1.0  # signals closer than this are one: shells and supervisor
 class Server(uvicorn.Server):
     """uvicorn, but its listener stays open while accepted work is finished: probes and new clients get an answer."""
 
-    def __init__(self, config: uvicorn.Config, engines: Engines, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, engines: Engines, jobs: Jobs, drain_s: float) -> None:
         super().__init__(config)
-        self.engines, self.drain_s = engines, drain_s
+        self.engines, self.jobs, self.drain_s = engines, jobs, drain_s
         self.signalled_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -51,7 +52,7 @@ class Server(uvicorn.Server):
         if self.signalled_at is not None and not self.should_exit:
             self.engines.drain()
             left_s = self.signalled_at + self.drain_s - time.monotonic()
-            if self.engines.idle or left_s <= 0:
+            if (self.engines.idle and self.jobs.settled) or left_s <= 0:
                 self.config.timeout_graceful_shutdown = max(LAST_WORDS_S, math.ceil(left_s))
                 self.engines.stop(0)
                 self.should_exit = True
@@ -102,7 +103,7 @@ def main() -> int:
         print(f"error: WEB_CONCURRENCY={config.workers}: {ONE_PROCESS}", file=sys.stderr)
         return 2
     _give_memory_back()
-    server = Server(config, engines, settings.drain_s)
+    server = Server(config, engines, app.state.jobs, settings.drain_s)
 
     def on_failure(error: BaseException) -> None:
         if not engines.ready:  # a model that cannot be loaded: nothing to serve

@@ -9,8 +9,10 @@ Problem              status   when
   UnsupportedMedia   415      a body of another media type
   QueueFull          429      more images asked for than the queue takes now; Retry-After
   UploadsFull        429      more uploads at once than are taken; Retry-After
+  FramesFull         429      more frames of chains at once than are kept; Retry-After
   Unavailable        503      starting, draining or failed; Retry-After
-  InFlight           409      this X-Request-Id is being served
+  InFlight           409      this X-Request-Id is being served, or its result is kept
+  NotDone            409      the result of a request that is still being served
   NotFound           404      no such model, request or path
   Cancelled          410      the request was ended by DELETE /requests/{id}
   DeadlineTooSoon    429      deadline_ms cannot be met now; Retry-After
@@ -28,6 +30,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 log = logging.getLogger("app")
 
@@ -38,6 +41,7 @@ SECURITY_HEADERS = {  # nothing that is sent here is a page, but for /docs, whic
     "Referrer-Policy": "no-referrer",
 }
 HEAD_TOO_LARGE = "head-too-large"  # 431
+METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 MAX_ERRORS = 16  # in one answer
 MAX_NAME = 64  # characters of a client's own name for a field
 
@@ -53,6 +57,10 @@ class Problem(Exception):
     ) -> None:
         super().__init__(detail)
         self.detail, self.errors, self.headers = detail, errors, headers
+
+    def body(self, request_id: str, path: str = "") -> dict[str, Any]:
+        """As JSON, under a path."""
+        return body(request_id, self.status, self.slug, self.detail, self.errors, path)
 
 
 class Invalid(Problem):
@@ -96,6 +104,10 @@ class InFlight(Problem):
     status, slug = 409, "request-id-in-flight"
 
 
+class NotDone(Problem):
+    status, slug = 409, "not-done"
+
+
 class NotFound(Problem):
     status, slug = 404, "not-found"
 
@@ -108,8 +120,19 @@ class QueueFull(Problem):
     status, slug = 429, "queue-full"
 
 
-class UploadsFull(Problem):
-    status, slug = 429, "uploads-full"
+class Full(Problem):
+    """A budget that requests share is used up; `reason` is what metrics call it."""
+
+    status = 429
+    reason = ""
+
+
+class UploadsFull(Full):
+    slug, reason = "uploads-full", "uploads_full"
+
+
+class FramesFull(Full):
+    slug, reason = "frames-full", "frames_full"
 
 
 class DeadlineTooSoon(Problem):
@@ -193,9 +216,17 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     """What the framework itself refuses: an unknown path, a method that a path does not have."""
     assert isinstance(error, HTTPException)
     slug = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
+    headers = dict(error.headers or {})
+    if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED:  # the framework names those of one route of the path
+        scopes = {method: {**request.scope, "method": method} for method in METHODS}
+        headers["Allow"] = ", ".join(
+            method
+            for method, scope in scopes.items()
+            if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+        )
     detail = f"{request.method} {request.scope['path']}: {error.detail}{_hint(request)}"
     return answer(
-        _id(request), error.status_code, slug, detail, headers=error.headers, path=request.scope["path"]
+        _id(request), error.status_code, slug, detail, headers=headers, path=request.scope["path"]
     )  # fmt: skip
 
 

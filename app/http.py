@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import re
 import sys
 import uuid
@@ -23,6 +24,7 @@ from app.logs import request_id_of_log
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
+MOST_WAIT_S = 60.0
 PIECE_BYTES = 2**18  # of an answer, handed over when the client has read those before it
 
 
@@ -124,6 +126,22 @@ def negotiate(request: Request, offered: Sequence[str]) -> str:
             f"Accept asks for what {request.scope['path']} does not send; it sends {', '.join(offered)}"
         )
     return best
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """What Prefer says (RFC 7240)."""
+
+    respond_async: bool
+    wait_s: float  # that an asynchronous answer may be put off for, in case the request ends meanwhile
+
+    @classmethod
+    def of(cls, request: Request) -> Preference:
+        """Preferences that are not understood are left alone, as the RFC has it."""
+        given = ",".join(request.headers.getlist("prefer")).lower()
+        names = [part.partition(";")[0].strip() for part in given.split(",")]
+        wait = re.search(r'(?:^|,)\s*wait\s*=\s*"?(\d{1,9})"?\s*(?:[,;]|$)', given, re.ASCII)
+        return cls("respond-async" in names, min(float(wait[1]), MOST_WAIT_S) if wait else 0.0)
 
 
 async def _body(request: Request, limit: int) -> AsyncGenerator[bytes, None]:

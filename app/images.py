@@ -40,14 +40,47 @@ def encode_png(pixels: Pixels, facts: Mapping[str, object], *, scale: int = 1) -
 
     The same pixels and facts give the same bytes.
     """
+    buffer = io.BytesIO()
+    _enlarged(pixels, scale).save(buffer, "PNG", pnginfo=_chunk(facts))
+    return buffer.getvalue()
+
+
+def encode_apng(frames: Sequence[Pixels], facts: Mapping[str, object], *, scale: int = 1) -> bytes:
+    """The same as an animated PNG, which runs for ever and rests at the last frame."""
+    buffer = io.BytesIO()
+    first, *more = (_enlarged(pixels, scale) for pixels in frames)
+    durations = _durations(len(frames))
+    first.save(
+        buffer, "PNG", pnginfo=_chunk(facts), save_all=True, append_images=more, duration=durations, loop=0
+    )  # fmt: skip
+    return buffer.getvalue()
+
+
+def encode_webp(frames: Sequence[Pixels], *, scale: int = 1) -> bytes:
+    """An animated WebP without loss, which runs for ever and rests at the last frame."""
+    buffer = io.BytesIO()
+    first, *more = (_enlarged(pixels, scale).convert("RGB") for pixels in frames)
+    durations = _durations(len(frames))
+    first.save(buffer, "WEBP", lossless=True, save_all=True, append_images=more, duration=durations, loop=0)
+    return buffer.getvalue()
+
+
+def _enlarged(pixels: Pixels, scale: int) -> Image.Image:
     picture = to_pil(pixels)
-    if scale > 1:
-        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    if scale == 1:
+        return picture
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def _chunk(facts: Mapping[str, object]) -> PngImagePlugin.PngInfo:
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text("ddpm", json.dumps(facts, sort_keys=True, separators=(",", ":")))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=chunk)
-    return buffer.getvalue()
+    return chunk
+
+
+def _durations(frames: int) -> list[int]:
+    """Milliseconds of every frame of an animation: two seconds or so in all, and the last one rests."""
+    return [max(40, 2000 // frames)] * (frames - 1) + [1500]
 
 
 def grid(images: Sequence[Pixels], columns: int, *, pad: int = 2) -> Pixels:

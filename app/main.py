@@ -20,11 +20,12 @@ from app.engine.engine import Engine
 from app.engine.engines import Engines
 from app.engine.runner import Runner
 from app.http import Outermost
+from app.jobs import Jobs
 from app.metrics import Metrics
 from app.routes import capabilities, denoise, docs, generate, health, image_urls, metrics, noise, oip, requests
 from app.routes.common import PROBLEM
 from app.settings import Settings
-from app.uploads import Uploads
+from app.uploads import Uploads, frames
 from ddpm_core import __version__
 from ddpm_core.hub import name_of
 
@@ -46,6 +47,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         yield
         # One that serves is drained here (under another server than ours); one that drained, failed or loads is not.
         await run_in_threadpool(engines.stop, settings.drain_s if engines.status == "ok" else LAST_WORDS_S)
+        await app.state.jobs.close()
 
     app = FastAPI(
         title="DDPM image service",
@@ -61,6 +63,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings, app.state.engines, app.state.metrics = settings, engines, counted
     app.state.sharing, app.state.uploads = image_urls.Sharing(), Uploads(settings, counted)
+    app.state.frames, app.state.jobs = frames(settings, counted), Jobs(settings, counted)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"],

@@ -10,8 +10,8 @@ STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 WAIT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 REFUSALS = (
-    "queue_full", "queue_long", "key_full", "deadline", "duplicate_id", "not_ready", "uploads_full", "unauthorized",
-    "connections",
+    "queue_full", "queue_long", "key_full", "deadline", "duplicate_id", "not_ready", "uploads_full", "frames_full",
+    "unauthorized", "connections",
 )  # fmt: skip
 RATIO = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4, 10)
 
@@ -68,6 +68,8 @@ class Metrics:
             registry=r,
         )  # fmt: skip
         self.ratio = Histogram("ddpm_wait_ratio", "Real over predicted wait.", of, buckets=RATIO, registry=r)
+        self.jobs = Gauge("ddpm_jobs", "Requests that nobody waits for, in flight or kept.", registry=r)
+        self.job_bytes = Gauge("ddpm_job_bytes", "Of their results.", registry=r)
         for reason in REFUSALS:
             self.refused.labels(reason)
 

@@ -48,7 +48,8 @@ class GenerateRequest(_Body):
     ] = None
     scale: Annotated[int, Field(ge=1, le=16, description="Nearest-neighbour enlargement.")] = 1
     response_format: Annotated[
-        Literal["png", "b64_json"] | None, Field(description="Decides between PNG and JSON against Accept.")
+        Literal["png", "b64_json", "apng", "webp", "npz"] | None,
+        Field(description="Decides against Accept; the last three with frames."),
     ] = None
     deadline_ms: Annotated[
         int | None,
@@ -60,6 +61,15 @@ class GenerateRequest(_Body):
         int | None,
         Field(
             ge=1, description="With Accept: text/event-stream, every how many steps x_0_hat is shown; absent: never."
+        ),
+    ] = None
+
+    frames: Annotated[
+        int | None,
+        Field(
+            ge=2,
+            description="The chain in so many moments, the first and the last among them, at most steps + 1: an "
+            "animated PNG or WebP of x, or an .npz of x and x_0_hat; absent: the images alone.",
         ),
     ] = None
 
@@ -101,7 +111,35 @@ class NoiseRequest(_Body):
     ] = None
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
     fit: Literal["none", "model"] = "none"
-    response_format: Literal["png", "b64_json"] | None = None
+    response_format: Literal["png", "b64_json", "npz"] | None = None
+
+
+class ProblemBody(BaseModel):
+    """RFC 9457 problem+json, the body of every error."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    errors: list[dict[str, Any]] | None = None
+    error: Any = Field(None, description="Under /v1 and /v2: the same as the clients of those protocols read it.")
+
+
+class RequestState(_Body):
+    """How far a request is."""
+
+    id: str
+    state: Literal["queued", "running", "completed", "failed", "cancelled"]
+    model: str
+    step: int | None = Field(description="0 .. steps; of several images the mean, rounded down.")
+    steps: int
+    queue_position: int = Field(description="Requests that go before this one; 0 once it has begun.")
+    eta_s: float = Field(description="Seconds left.")
+    created: int | None = Field(None, description="Unix time in seconds, of an asynchronous request.")
+    expires: int | None = Field(None, description="Until when its result is kept, unless others need the room.")
+    result: str | None = Field(None, description="Where its result is.")
+    problem: ProblemBody | None = Field(None, description="Why there is none.")
 
 
 class GeneratedImage(_Body):
@@ -207,18 +245,6 @@ class Health(ModelHealth):
 
     models: list[ModelHealth]
     version: str
-
-
-class ProblemBody(BaseModel):
-    """RFC 9457 problem+json, the body of every error."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    instance: str
-    errors: list[dict[str, Any]] | None = None
-    error: Any = Field(None, description="Under /v1 and /v2: the same as the clients of those protocols read it.")
 
 
 Body = TypeVar("Body", bound=BaseModel)

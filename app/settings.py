@@ -74,6 +74,18 @@ class Settings(BaseSettings):
     upload_bytes: int = Field(
         128 * 2**20, ge=1024, description="Bytes of uploaded forms held at once before requests get 429."
     )
+    frame_bytes: int = Field(
+        128 * 2**20,
+        ge=1024,
+        description="Bytes of kept moments of chains (frames) held at once before requests get 429.",
+    )
+    jobs: int = Field(256, ge=1, description="Asynchronous requests whose results are kept; older ones make room.")
+    job_bytes: int = Field(
+        256 * 2**20, ge=1024, description="Bytes of kept results of asynchronous requests; older ones make room."
+    )
+    job_s: float = Field(
+        600.0, gt=0, le=86_400, description="Seconds that the result of an asynchronous request is kept."
+    )
     max_connections: int = Field(2048, ge=1, description="Connections at once; further ones get 503 and are closed.")
     max_header_bytes: int = Field(16 * 2**10, ge=1024, description="Size of a request's head.")
     request_s: float = Field(

@@ -21,8 +21,8 @@ T = TypeVar("T")
 class Budget:
     """An amount of which requests take parts, on any thread."""
 
-    def __init__(self, limit: int, of_flow: int, what: str, metrics: Metrics) -> None:
-        self.limit, self.of_flow, self.what, self._metrics = limit, of_flow, what, metrics
+    def __init__(self, limit: int, of_flow: int, what: str, metrics: Metrics, full: type[errors.Full]) -> None:
+        self.limit, self.of_flow, self.what, self._metrics, self._full = limit, of_flow, what, metrics, full
         self.taken = 0
         self._flows = collections.Counter[str]()
         self._lock = threading.Lock()
@@ -30,7 +30,7 @@ class Budget:
     def share(self, held: ExitStack, flow: str) -> Callable[[int], None]:
         """What takes parts for a flow (API key), of which all are given back when `held` is closed.
 
-        It raises UploadsFull where a part is not there now.
+        It raises `full` where a part is not there now.
         """
         mine = 0
 
@@ -38,9 +38,9 @@ class Budget:
             nonlocal mine
             with self._lock:
                 if self.taken + amount > self.limit or self._flows[flow] + amount > self.of_flow:
-                    self._metrics.refused.labels("uploads_full").inc()
-                    raise errors.UploadsFull(
-                        f"other uploads hold {self.taken - mine:,} of {self.limit:,} {self.what}: try again later",
+                    self._metrics.refused.labels(self._full.reason).inc()
+                    raise self._full(
+                        f"other requests hold {self.taken - mine:,} of {self.limit:,} {self.what}: try again later",
                         headers={"Retry-After": "1"},
                     )
                 self.taken += amount
@@ -58,14 +58,24 @@ class Budget:
         return take
 
 
+def _budget(settings: Settings, metrics: Metrics, limit: int, least: int, what: str, full: type[errors.Full]) -> Budget:
+    """One of which no API key takes all."""
+    of_flow = max(limit // 2, least) if len(settings.keys) > 1 else limit
+    return Budget(limit, of_flow, what, metrics, full)
+
+
+def frames(settings: Settings, metrics: Metrics) -> Budget:
+    """Of the moments of chains that are kept for answers."""
+    return _budget(settings, metrics, settings.frame_bytes, 0, "bytes of frames", errors.FramesFull)
+
+
 class Uploads:
     """The bounds of one process. Its threads are its own: encoding of drawn images never waits for uploads."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
 
         def budget(limit: int, least: int, what: str) -> Budget:
-            of_flow = max(limit // 2, least) if len(settings.keys) > 1 else limit  # no key takes all
-            return Budget(limit, of_flow, what, metrics)
+            return _budget(settings, metrics, limit, least, what, errors.UploadsFull)
 
         self.bytes = budget(settings.upload_bytes, settings.max_body_bytes, "bytes of forms")
         self.slots = budget(settings.upload_slots, 1, "places for images")

@@ -129,7 +129,7 @@ def main() -> None:
     seconds = 1.0 if parser.parse_args().quick else 8.0
 
     busy, threads = busy_cores(), torch.get_num_threads()
-    runner = Runner.load(str(ROOT / MODEL), "auto")  # leaves this thread one torch thread where torch is not the network
+    runner = Runner.load(str(ROOT / MODEL), "auto")  # leaves torch one thread where it is not the network
     checked = [priced(runner, seconds)]
     pools = []
     if runner.info.runtime == "onnxruntime":

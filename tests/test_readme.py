@@ -33,17 +33,19 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert len(blocks("bash")) >= 4
     with server(model=ROOT / "weights" / "mnist") as it:
         for block in blocks("bash"):
-            script = block.replace("http://127.0.0.1:8000", it.url).replace("curl ", "curl --fail-with-body -sS ")
+            script = re.sub("curl (?!-f)", "curl --fail-with-body -sS ", block.replace("http://127.0.0.1:8000", it.url))
             subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, check=True, timeout=300)
     return folder
 
 
 def test_every_curl_block_works_against_the_real_service(drawn: Path) -> None:
-    for name in ("seven.png", "any.png", "grid.png", "strip.png", "sevens.png"):
+    for name in ("seven.png", "any.png", "grid.png", "strip.png", "sevens.png", "chain.apng", "nine.png"):
         assert (drawn / name).read_bytes().startswith(b"\x89PNG")
     assert (drawn / "linked.png").read_bytes() == (drawn / "seven.png").read_bytes()
     assert (drawn / "events.txt").read_text().count("event: progress") == 6
     assert len(json.loads((drawn / "images.json").read_text())["images"]) == 3
+    with np.load(drawn / "chain.npz") as arrays:
+        assert arrays["x"].shape == (6, 1, 1, 28, 28)
     with np.load(drawn / "x_t.npz") as arrays:
         assert arrays["x_t"].shape == (1, 1, 28, 28)
 

@@ -29,9 +29,10 @@ from app.engine.request import (
     Exactness,
     GenerateParams,
     ModelInfo,
+    Progress,
     Result,
 )  # fmt: skip
-from app.engine.runner import Row, Runner
+from app.engine.runner import Row, Runner, to_pixels
 from app.engine.scheduler import Scheduler
 from app.engine.selfcheck import prepare
 from app.metrics import EngineMetrics, Metrics
@@ -159,6 +160,19 @@ class Engine:
             if self.status in ("starting", "ok"):
                 self.status = "draining"
 
+    def progress(self, request_id: str, flow: str = "") -> Progress | None:
+        """How far a request of a flow is; None: there is no such one."""
+        with self._changed:
+            job = self._jobs.get(GenerateParams.key_of(flow, request_id))
+            if job is None:
+                return None
+            if job.waits:
+                position, row_steps = self.scheduler.line()[job.id]
+                eta_s = self._finish_s(row_steps, job.params.steps, self.scheduler.rows)
+                return Progress(0, job.params.steps, position, eta_s, begun=False)
+            eta_s = self._finish_s(*self.scheduler.left(job.id))
+            return Progress(job.steps_made // job.params.slots, job.params.steps, 0, eta_s)
+
     def holds(self, key: str) -> bool:
         """Whether a request of this key (GenerateParams.key) is in flight."""
         return key in self._jobs
@@ -240,7 +254,9 @@ class Engine:
             self._runner.probe()  # raises where no step can be made any more
         ended = [row for row in rows if row.finished]
         x = dict(zip(ended, self._runner.x(ended), strict=True)) if ended else {}
-        previews = self._previews([(job, i, row) for job, i, row in batch if row not in failed])
+        done = [(job, i, row) for job, i, row in batch if row not in failed]
+        previews = self._previews(done)
+        self._keep(done)
 
         self.metrics.step.observe(took)
         self.metrics.rows.observe(network_rows)
@@ -295,9 +311,22 @@ class Engine:
         due = [(job, index, row) for job, index, row in batch if job.wants_preview(row)]
         found: dict[Job, dict[int, NDArray[np.uint8]]] = {}
         if due:
-            for (job, index, _), pixels in zip(due, self._runner.previews([row for *_, row in due]), strict=True):
-                found.setdefault(job, {})[index] = pixels
+            pixels = to_pixels(self._runner.x_0_hat([row for *_, row in due]))
+            for (job, index, _), of_image in zip(due, pixels, strict=True):
+                found.setdefault(job, {})[index] = of_image
         return found
+
+    def _keep(self, batch: Batch) -> None:
+        """Copies from the device what requests want to keep of their chains."""
+        due = [(job, index, row) for job, index, row in batch if row.done in job.params.frames]
+        if due:
+            rows = [row for *_, row in due]
+            for (job, index, row), *kept in zip(due, self._runner.x(rows), self._runner.x_0_hat(rows), strict=True):
+                job.kept[row.done, index] = kept[0], kept[1]
+        for job, index, row in batch:
+            if row.done == 1 and 0 in job.params.frames:
+                x = self._runner.first_x(row)
+                job.kept[0, index] = x, np.full_like(x, np.nan)
 
     def _tell_waiting(self, jobs: list[Job]) -> None:
         """Tells clients of requests that have not begun how many go before them."""

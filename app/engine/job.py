@@ -11,12 +11,15 @@ from concurrent.futures import Future
 import numpy as np
 from numpy.typing import NDArray
 
-from app.engine.request import GenerateParams, Progress, Result
+from app.engine.request import Frames, GenerateParams, Progress, Result
 from app.engine.runner import Row, to_pixels
 
 log = logging.getLogger("app.engine")
 
 OnProgress = Callable[[Progress], None]
+
+Kept = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""x and x_0_hat of an image after a step, (C, H, W)."""
 
 NEWS_S = 0.5  # a client that waits hears at most so often of its place
 
@@ -32,6 +35,7 @@ class Job:
     predicted_s: float
     future: Future[Result] = dataclasses.field(default_factory=Future)
     x: dict[int, NDArray[np.float32]] = dataclasses.field(default_factory=dict)  # of the images that are done
+    kept: dict[tuple[int, int], Kept] = dataclasses.field(default_factory=dict)  # by step and image
     begun: float = math.nan  # its first step
     _told: tuple[int, int] = (-1, -1)  # of which step and place its client knows
     _told_at: float = -math.inf
@@ -75,7 +79,8 @@ class Job:
             return
         self._told = news
         try:
-            self.on_progress(Progress(news[0], self.params.steps, position, eta_s, tuple(sorted(previews.items()))))
+            shown = tuple(sorted(previews.items()))
+            self.on_progress(Progress(news[0], self.params.steps, position, eta_s, previews=shown))
         except Exception:
             log.exception("progress could not be told", extra={"request_id": self.params.request_id})
             self.on_progress = None
@@ -83,4 +88,11 @@ class Job:
     def result(self, now: float) -> Result:
         """The answer, once every image is done."""
         x = np.stack([self.x[index] for index in range(self.params.slots)])
-        return Result(x, to_pixels(x), self.begun - self.submitted, now - self.begun)
+        return Result(x, to_pixels(x), self.begun - self.submitted, now - self.begun, self._frames())
+
+    def _frames(self) -> Frames | None:
+        steps, images = self.params.frames, range(self.params.slots)
+        if not steps:
+            return None
+        x, x_0_hat = (np.stack([[self.kept[s, i][part] for i in images] for s in steps]) for part in (0, 1))
+        return Frames(steps, np.append(self.rows[0].plan.alpha_bars, 1.0)[list(steps)], x, x_0_hat)

@@ -69,6 +69,7 @@ class GenerateParams:
     guidance_scale: float
     start: Start | None = None
     previews: int = 0  # every how many steps of an image its x_0_hat is wanted; 0: never
+    frames: tuple[int, ...] = ()  # after which steps x and x_0_hat are kept for the answer; 0: where the chain starts
     deadline_s: float | None = None  # from now
     flow: str = ""  # whose share of the machine it uses; no "/"
 
@@ -103,7 +104,18 @@ class Progress:
     steps: int
     queue_position: int  # requests that go before it; 0 once it has begun
     eta_s: float
+    begun: bool = True
     previews: tuple[tuple[int, NDArray[np.uint8]], ...] = ()  # (index, x_0_hat as pixels (C, H, W))
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """What was kept of the chains: F moments of n images."""
+
+    steps: tuple[int, ...]  # made until then
+    alpha_bars: NDArray[np.float64]  # (F,), of x
+    x: NDArray[np.float32]  # (F, n, C, H, W)
+    x_0_hat: NDArray[np.float32]  # (F, n, C, H, W), which x came from; NaN before the first step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +126,7 @@ class Result:
     images: NDArray[np.uint8]  # (n, C, H, W), the same as pixels
     queue_s: float  # until the first image's first step
     denoise_s: float
+    frames: Frames | None = None  # where any were asked for
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,15 +107,19 @@ class Runner:
     def begin(self, row: Row) -> None:
         """Gives an image its place and its first x."""
         self._grow(row.plan)
-        x = noise(row.seed, 0, self.model.config.image_shape)[None]
-        if row.start is not None:
-            x_0 = data.to_unit(torch.from_numpy(row.start.pixels))[None]
-            x = q_sample(x_0, x, float(self.model.schedule.alphas_cumprod[row.start.t]))
-        x, slot = x.to(self.device), self._free[-1]
+        x, slot = self._first_x(row).to(self.device), self._free[-1]
         self._x_0_hat[:, slot] = 0
         self._x[:, slot] = 0
         self._x[0, slot] = x[0]
         row.slot = self._free.pop()  # last: what was raised before may be tried again
+
+    def _first_x(self, row: Row) -> Tensor:
+        """Where a chain starts, (1, C, H, W) on the CPU."""
+        eps = noise(row.seed, 0, self.model.config.image_shape)[None]
+        if row.start is None:
+            return eps
+        x_0 = data.to_unit(torch.from_numpy(row.start.pixels))[None]
+        return q_sample(x_0, eps, float(self.model.schedule.alphas_cumprod[row.start.t]))
 
     def _grow(self, plan: SamplingPlan) -> None:
         """Makes room for one more image of this plan."""
@@ -239,9 +243,15 @@ class Runner:
         out: NDArray[np.float32] = self._x[0, self._slots(rows)].cpu().numpy()
         return out
 
-    def previews(self, rows: Sequence[Row]) -> NDArray[np.uint8]:
-        """The rows' latest x_0_hat as pixels, (B, C, H, W), copied from the device."""
-        return to_pixels(self._x_0_hat[0, self._slots(rows)].cpu())
+    def x_0_hat(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """The rows' latest x_0_hat, (B, C, H, W), copied from the device."""
+        out: NDArray[np.float32] = self._x_0_hat[0, self._slots(rows)].cpu().numpy()
+        return out
+
+    def first_x(self, row: Row) -> NDArray[np.float32]:
+        """Where a row's chain started, (C, H, W)."""
+        out: NDArray[np.float32] = self._first_x(row)[0].numpy()
+        return out
 
 
 def to_pixels(x: Tensor | NDArray[np.float32]) -> NDArray[np.uint8]:

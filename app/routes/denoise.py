@@ -8,11 +8,12 @@ from fastapi import APIRouter, Request, Response
 
 from app import errors, images
 from app.access import flow_of
+from app.drawing import to_params
 from app.engine.request import Start
 from app.forms import form_schema, read_upload
 from app.http import unless_gone
 from app.routes.common import PROBLEM, check_ready, served
-from app.routes.drawing import DRAWN, media_type_of, respond, to_params
+from app.routes.drawing import ACCEPTED, DRAWN, media_type_of, respond
 from app.schemas import DenoiseRequest, GenerateResponse
 
 router = APIRouter(tags=["images"])
@@ -23,6 +24,7 @@ router = APIRouter(tags=["images"])
     response_model=GenerateResponse,
     responses={
         200: DRAWN,
+        202: ACCEPTED,
         **dict.fromkeys((404, 406, 408, 409, 410, 413, 415, 429, 503, 504), PROBLEM),
     },
     openapi_extra={"requestBody": form_schema(DenoiseRequest)},
@@ -33,7 +35,9 @@ async def denoise(request: Request) -> Response:
     with ExitStack() as held:  # the upload, not while it is drawn
         start, fields = await _start(request, held)
     engine, info = served(request, fields.model)
-    params = to_params(fields, info, request.app.state.settings, request.state, start)
+    params = to_params(
+        fields, info, request.app.state.settings, request.state.request_id, flow_of(request.state), start
+    )  # fmt: skip
     return await respond(request, engine, info, params, media_type_of(request, fields), fields.scale)
 
 

@@ -14,9 +14,9 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from app import errors, images
+from app.answers import b64
 from app.engine.job import OnProgress
 from app.engine.request import EngineError, Progress, Result
-from app.routes.common import b64
 from app.schemas import Preview, ProblemBody, ProgressEvent
 
 log = logging.getLogger("app")
@@ -87,8 +87,7 @@ def event_stream(
             problem = errors.Problem("an unexpected error; the server's log has it by request id")
         else:
             return
-        content = errors.body(request.state.request_id, problem.status, problem.slug, problem.detail, problem.errors)
-        yield _event("error", ProblemBody.model_validate(content))
+        yield _event("error", ProblemBody(**problem.body(request.state.request_id)))
 
     return EventSourceResponse(events(), headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 

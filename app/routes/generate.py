@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
+from app.access import flow_of
+from app.answers import JSON
+from app.drawing import to_params
 from app.http import read_json
-from app.routes.common import JSON, PROBLEM, check_ready, served
-from app.routes.drawing import DRAWN, media_type_of, respond, to_params
+from app.routes.common import PROBLEM, check_ready, served
+from app.routes.drawing import ACCEPTED, DRAWN, media_type_of, respond
 from app.schemas import GenerateRequest, GenerateResponse, parse
 
 router = APIRouter(tags=["images"])
@@ -17,6 +20,7 @@ router = APIRouter(tags=["images"])
     response_model=GenerateResponse,
     responses={
         200: DRAWN,
+        202: ACCEPTED,
         **dict.fromkeys((404, 406, 408, 409, 410, 413, 415, 429, 503, 504), PROBLEM),
     },
     openapi_extra={
@@ -32,5 +36,5 @@ async def generate(request: Request) -> Response:
     body = parse(await read_json(request, settings.max_json_bytes), GenerateRequest)
     media_type = media_type_of(request, body)
     engine, info = served(request, body.model)
-    params = to_params(body, info, settings, request.state)
+    params = to_params(body, info, settings, request.state.request_id, flow_of(request.state))
     return await respond(request, engine, info, params, media_type, body.scale)

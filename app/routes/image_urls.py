@@ -15,10 +15,13 @@ from fastapi import APIRouter, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from app import errors
+from app.access import flow_of
+from app.answers import PNG, sheet
+from app.drawing import to_params
 from app.engine.request import GenerateParams, ModelInfo
 from app.http import unless_gone
-from app.routes.common import PNG, PROBLEM, served
-from app.routes.drawing import draw, encode_sheet, to_params
+from app.routes.common import PROBLEM, served
+from app.routes.drawing import draw
 from app.schemas import GenerateRequest, parse_fields
 from ddpm_core import samplers
 
@@ -74,7 +77,7 @@ def _params(
         raise errors.Invalid.field("sampler", f"{sampler} is a preset, and may mean another sampler tomorrow: name one")
     given = {"sampler": sampler, "steps": steps, "seed": seed, **dict(request.query_params)}
     fields = parse_fields(given if label == "none" else {**given, "label": label}, GenerateRequest)
-    params = to_params(fields, info, request.app.state.settings, request.state)
+    params = to_params(fields, info, request.app.state.settings, request.state.request_id, flow_of(request.state))
     return dataclasses.replace(params, request_id=uuid.uuid4().hex), fields.scale  # several requests may share it
 
 
@@ -108,7 +111,7 @@ async def image(
         except errors.Problem:
             log.warning("the image was not drawn; the engine knew it as request %s", params.request_id)
             raise
-        return await run_in_threadpool(encode_sheet, result, params, info, scale)
+        return await run_in_threadpool(sheet, result, params, info, scale)
 
     key = (info.id, dataclasses.replace(params, request_id=""), scale)
     png = await unless_gone(request, request.app.state.sharing.get(key, make))

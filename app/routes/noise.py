@@ -10,16 +10,17 @@ from fastapi import APIRouter, Request, Response
 
 from app import errors, forward, images
 from app.access import flow_of
+from app.answers import FORMATS, JSON, NPZ, PNG, b64
+from app.drawing import random_seed
 from app.engine.request import ModelInfo
 from app.forms import form_schema, read_upload
 from app.http import negotiate, unless_gone
-from app.routes.common import FORMATS, JSON, PNG, PROBLEM, b64, check_ready, random_seed, served
+from app.routes.common import PROBLEM, check_ready, served
 from app.schemas import NoisedImage, NoiseRequest, NoiseResponse
 from ddpm_core import __version__
 
 router = APIRouter(tags=["images"])
 
-NPZ = "application/x-npz"
 MAX_T = 32
 
 

@@ -9,11 +9,14 @@ from fastapi import APIRouter, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from app import errors
+from app.access import flow_of
+from app.answers import JSON
+from app.drawing import to_params
 from app.engine.engine import Engine
 from app.engine.request import ModelInfo, Result
 from app.http import read_json, unless_gone
-from app.routes.common import JSON, PROBLEM, served
-from app.routes.drawing import draw, to_params
+from app.routes.common import PROBLEM, served
+from app.routes.drawing import draw
 from app.schemas import GenerateRequest, parse, parse_fields
 from app.schemas_oip import (
     PARAMETERS,
@@ -84,7 +87,8 @@ async def infer(request: Request, model: Model, version: str | None = None) -> R
         if name not in PARAMETERS:
             raise errors.Invalid.field("parameters", f"{name} is not known; known: {', '.join(PARAMETERS)}")
     fields = parse_fields({**given, "n": len(seeds), "label": labels}, GenerateRequest)
-    params = dataclasses.replace(to_params(fields, info, settings, request.state), seeds=tuple(seeds))
+    params = to_params(fields, info, settings, request.state.request_id, flow_of(request.state))
+    params = dataclasses.replace(params, seeds=tuple(seeds))
     result = await unless_gone(request, draw(request, engine, params))
 
     def encoded(result: Result) -> bytes:

@@ -23,6 +23,8 @@ OTHERS = {
     "image": ("GET", "/images/tiny/ddim-2/7/1.png"),
     "noise": ("POST", "/noise"),
     "cancel": ("DELETE", "/requests/nobody"),
+    "request_state": ("GET", "/requests/nobody"),
+    "result": ("GET", "/requests/nobody/result"),
     "health": ("GET", "/health"),
     "metrics": ("GET", "/metrics"),
     "live": ("GET", "/livez"),
@@ -115,6 +117,51 @@ class Provoking:
         await task
         return refused
 
+    async def accepted(self, operation: str) -> httpx.Response:
+        response = await self.ask(operation, {"prefer": "respond-async"})
+        await self.ended(response)
+        return response
+
+    async def ended(self, accepted: httpx.Response) -> None:
+        """An asynchronous request is no longer served."""
+        location = accepted.headers["location"]
+        while (await self.service.client.get(location, headers=KEY)).json()["state"] in ("queued", "running"):
+            await asyncio.sleep(0.01)
+
+    async def kept(self, operation: str) -> httpx.Response:
+        await self.ended(await self.ask("generate", {"prefer": "respond-async", "x-request-id": "nobody"}))
+        response = await self.ask(operation)
+        await self.service.client.delete("/requests/nobody", headers=KEY)
+        return response
+
+    async def not_done(self, operation: str) -> httpx.Response:
+        self.hold.clear()
+        await self.ask("generate", {"prefer": "respond-async", "x-request-id": "nobody"})
+        response = await self.ask(operation)
+        self.hold.set()
+        for _ in range(2):  # the request, then its result
+            await self.service.client.delete("/requests/nobody", headers=KEY)
+        return response
+
+    async def kept_cancelled(self, operation: str) -> httpx.Response:
+        self.hold.clear()
+        await self.ask("generate", {"prefer": "respond-async", "x-request-id": "nobody"})
+        await self.service.client.delete("/requests/nobody", headers=KEY)
+        self.hold.set()
+        response = await self.ask(operation)
+        await self.service.client.delete("/requests/nobody", headers=KEY)
+        return response
+
+    async def kept_too_late(self, operation: str) -> httpx.Response:
+        self.hold.clear()
+        asked = await self.ask("generate", {"prefer": "respond-async", "x-request-id": "nobody"}, deadline_ms=1000)
+        await asyncio.sleep(1.1)
+        self.hold.set()
+        await self.ended(asked)
+        response = await self.ask(operation)
+        await self.service.client.delete("/requests/nobody", headers=KEY)
+        return response
+
     async def uploads_full(self, operation: str) -> httpx.Response:
         with self.patch.context() as patch:
             patch.setattr(self.service.app.state.uploads.slots, "limit", 0)
@@ -151,7 +198,7 @@ class Provoking:
         return await self.ask(operation, {"if-none-match": first.headers["etag"]})
 
     async def not_found(self, operation: str) -> httpx.Response:
-        if operation == "cancel":
+        if operation in ("cancel", "request_state", "result"):
             return await self.ask(operation)
         if operation in ("generate", "denoise", "noise"):
             return await self.ask(operation, model="another")
@@ -191,8 +238,12 @@ DRAWN: dict[int, How] = {
     413: P.too_large, 415: P.another_type, 429: P.queue_full, 503: P.unavailable, 504: P.deadline_passed,
 }  # fmt: skip
 HOW: dict[str, dict[int, How]] = {
-    "generate": DRAWN,
-    "denoise": DRAWN,
+    "generate": {**DRAWN, 202: P.accepted},
+    "denoise": {**DRAWN, 202: P.accepted},
+    "request_state": {**ALWAYS, 200: P.kept, 404: P.not_found},
+    "result": {
+        **ALWAYS, 200: P.kept, 404: P.not_found, 409: P.not_done, 410: P.kept_cancelled, 504: P.kept_too_late,
+    },
     "image": {**ALWAYS, 304: P.not_modified, 404: P.not_found, 429: P.queue_full, 503: P.unavailable},
     "noise": {
         **ALWAYS, 404: P.not_found, 406: P.not_acceptable, 408: P.too_slow, 413: P.too_large,

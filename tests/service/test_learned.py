@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from app.drawing import to_params
 from app.errors import Invalid
-from app.routes.drawing import to_params
 from app.schemas import GenerateRequest
 from ddpm_core import sampling
 from ddpm_core.checkpoint import load_model
