@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from app import images
 from app.engine.request import Frames, GenerateParams, ModelInfo, Result
 from app.engine.runner import to_pixels
+from app.media_types import APNG as APNG
+from app.media_types import JSON as JSON
+from app.media_types import NPZ as NPZ
+from app.media_types import PNG as PNG
+from app.media_types import WEBP as WEBP
+from app.media_types import ZIP as ZIP
 from app.schemas import GeneratedImage, GenerateResponse
 from ddpm_core import __version__, samplers
 from ddpm_core.image_files import Pixels
-
-JSON, PNG, ZIP = "application/json", "image/png", "application/zip"
-APNG, WEBP, NPZ = "image/apng", "image/webp", "application/x-npz"
-
 
 FORMATS = {"png": PNG, "b64_json": JSON, "apng": APNG, "webp": WEBP, "npz": NPZ}
 """response_format -> media type"""

@@ -32,9 +32,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from app.media_types import PROBLEM
+
 log = logging.getLogger("app")
 
-MEDIA_TYPE = "application/problem+json"
+MEDIA_TYPE = PROBLEM
 SECURITY_HEADERS = {  # nothing that is sent here is a page, but for /docs, which says so itself
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",

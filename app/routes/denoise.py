@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from fastapi import APIRouter, Request, Response
 
-from app import errors, images
+from app import noising
 from app.access import flow_of
 from app.drawing import to_params
 from app.engine.request import Start
@@ -47,15 +47,8 @@ async def _start(request: Request, held: ExitStack) -> tuple[Start, DenoiseReque
     content, fields = await read_upload(request, DenoiseRequest, held)
     media_type_of(request, fields)  # before the work
     _, info = served(request, fields.model)
-    if fields.t >= info.num_train_steps:
-        raise errors.Invalid.field("t", f"{fields.t} must be 0 .. {info.num_train_steps - 1}")
 
-    def fitted() -> Start:
-        upload = images.Upload(content, settings.max_image_pixels)
-        uploads.pixels.share(held, flow)(upload.pixels)
-        return Start(upload.decode(info.image_shape), fields.t)
+    def work() -> Start:
+        return noising.start(content, fields, info, settings.max_image_pixels, uploads.pixels.share(held, flow))
 
-    try:
-        return await unless_gone(request, uploads.work(held, flow, fitted)), fields
-    except images.BadImage as error:
-        raise errors.Invalid.field("image", str(error)) from None
+    return await unless_gone(request, uploads.work(held, flow, work)), fields
