@@ -22,7 +22,7 @@ from app.connections import SPARE, bounded
 from app.engine.engines import Engines
 from app.jobs import Jobs
 from app.main import LAST_WORDS_S, ONE_PROCESS, create_app
-from app.settings import Settings
+from app.settings import Settings, wrong
 
 log = logging.getLogger("app")
 
@@ -87,9 +87,8 @@ def main() -> int:
     try:
         settings = Settings()
     except ValidationError as error:
-        for e in error.errors(include_url=False):
-            name = "".join(f"DDPM_{field}: ".upper() for field in e["loc"])
-            print(f"error: {name}{e['msg']}", file=sys.stderr)
+        for line in wrong(error):
+            print(f"error: {line}", file=sys.stderr)
         return 2
     app = create_app(settings)
     engines: Engines = app.state.engines

@@ -1,17 +1,11 @@
-"""GET /capabilities: what may be asked for here."""
+"""What may be asked for: models, their samplers, the limits of a deployment. No HTTP."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
-
-from app.engine.engines import Engines
 from app.engine.request import ModelInfo
-from app.routes.common import PROBLEM, check_ready
-from app.schemas import Capabilities, GenerateRequest, Limits, ModelCapabilities, SamplerCapabilities
+from app.schemas import GenerateRequest, Limits, ModelCapabilities, SamplerCapabilities
 from app.settings import Settings
-from ddpm_core import __version__, samplers
-
-router = APIRouter(tags=["models"])
+from ddpm_core import samplers
 
 
 def _samplers(info: ModelInfo) -> list[SamplerCapabilities]:
@@ -33,7 +27,8 @@ def _samplers(info: ModelInfo) -> list[SamplerCapabilities]:
     return found
 
 
-def _model(info: ModelInfo) -> ModelCapabilities:
+def of_model(info: ModelInfo) -> ModelCapabilities:
+    """What may be asked of a model."""
     return ModelCapabilities(
         name=info.name,
         id=info.id,
@@ -49,7 +44,8 @@ def _model(info: ModelInfo) -> ModelCapabilities:
     )
 
 
-def _limits(settings: Settings) -> Limits:
+def limits(settings: Settings) -> Limits:
+    """Of every request."""
     return Limits(
         n=settings.max_images,
         image_pixels=settings.max_image_pixels,
@@ -57,16 +53,4 @@ def _limits(settings: Settings) -> Limits:
         body_bytes=settings.max_body_bytes,
         queue_slots=settings.queue_slots,
         scale=next(m.le for m in GenerateRequest.model_fields["scale"].metadata if hasattr(m, "le")),
-    )
-
-
-@router.get("/capabilities", responses={503: PROBLEM})
-async def capabilities(request: Request) -> Capabilities:
-    """The models, the samplers of each, and the limits of this deployment."""
-    check_ready(request)
-    engines: Engines = request.app.state.engines
-    return Capabilities(
-        version=__version__,
-        models=[_model(info) for info in engines.infos],
-        limits=_limits(request.app.state.settings),
     )

@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any
 
 from PIL import Image
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ddpm_core.hub import name_of
@@ -180,3 +180,10 @@ class Settings(BaseSettings):
             if value is not None and value < least:
                 raise ValueError(f"DDPM_{large.upper()}={value} must be at least DDPM_{small.upper()}={least}")
         return self
+
+
+def wrong(error: ValidationError) -> list[str]:
+    """What is wrong with settings, a line each."""
+    return [
+        "".join(f"DDPM_{field}: ".upper() for field in e["loc"]) + e["msg"] for e in error.errors(include_url=False)
+    ]

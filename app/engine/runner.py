@@ -21,6 +21,28 @@ from ddpm_core.plans import SamplingPlan
 from ddpm_core.sampling import step
 
 
+def read(reference: str, sha256: str | None = None) -> Model:
+    """A model directory or hub id; its weights must be those of its card, and of `sha256` where it is given.
+
+    Raises:
+        CheckpointError: the model cannot be used.
+    """
+    directory = hub.locate(reference)
+    model = load_model(directory, hub.name_of(reference))
+    verify(directory, model, sha256)
+    return model
+
+
+def info_of(model: Model, device: torch.device, runtime: str) -> ModelInfo:
+    """What the outside needs to know of a model."""
+    return ModelInfo(
+        model.name, model.sha256, str(device), model.config.image_shape,
+        model.schedule.num_train_steps, model.num_classes, model.schedule.alphas_cumprod, runtime,
+        {steps: plan.sha256 for steps, plan in model.learned.items()},
+        model.distilled_steps, not model.needs_label,
+    )  # fmt: skip
+
+
 @dataclasses.dataclass(eq=False)
 class Row:
     """One image on its way."""
@@ -69,9 +91,7 @@ class Runner:
             CheckpointError: the model cannot be used. ValueError: the device cannot.
         """
         where = pick_device(device)
-        directory = hub.locate(reference)
-        model = load_model(directory, hub.name_of(reference))
-        verify(directory, model, sha256)
+        model = read(reference, sha256)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # the same at every start
         network = model.network(where, export=True)
         if isinstance(network, OnnxNetwork):
@@ -86,14 +106,7 @@ class Runner:
     @property
     def info(self) -> ModelInfo:
         """What the outside needs to know of the model."""
-        m = self.model
-        return ModelInfo(
-            m.name, m.sha256, str(self.device), m.config.image_shape,
-            m.schedule.num_train_steps, m.num_classes, m.schedule.alphas_cumprod,
-            "onnxruntime" if isinstance(self._network, OnnxNetwork) else "torch",
-            {steps: plan.sha256 for steps, plan in m.learned.items()},
-            m.distilled_steps, not m.needs_label,
-        )  # fmt: skip
+        return info_of(self.model, self.device, "onnxruntime" if isinstance(self._network, OnnxNetwork) else "torch")
 
     def row(self, params: GenerateParams, index: int) -> Row:
         """Image `index` of a request, before its first step."""

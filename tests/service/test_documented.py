@@ -83,7 +83,7 @@ class Provoking:
         with self.patch.context() as patch:
             patch.setattr(images, "encode_png", fail)
             patch.setattr(health, "_of_model", fail)
-            patch.setattr(capabilities, "_model", fail)
+            patch.setattr(capabilities, "of_model", fail)
             for metadata in ("OutputTensor", "ServerMetadata", "TensorMetadata"):
                 patch.setattr(oip, metadata, fail)
             patch.setattr(oip, "Response", fail)
