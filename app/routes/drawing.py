@@ -35,6 +35,8 @@ DRAWN = {
         **REQUEST_ID,
         "X-Seed": {"schema": {"type": "string"}, "description": "Of the first image."},
         "X-Model": {"schema": {"type": "string"}, "description": "name@first 12 of the weights' sha256."},
+        "X-Sampler": {"schema": {"type": "string"}, "description": "What a preset stood for."},
+        "X-Steps": {"schema": {"type": "string"}, "description": "Network calls per image."},
     },
     "links": {
         "cancel": {
@@ -114,7 +116,10 @@ async def respond(
     request: Request, engine: Engine, info: ModelInfo, params: GenerateParams, media_type: str, scale: int
 ) -> Response:
     """Draws and answers in the media type, or with a 202 where the client prefers that."""
-    headers = {"X-Seed": str(params.seeds[0]), "X-Model": info.id, "Vary": "Accept, Prefer"}
+    headers = {
+        "X-Seed": str(params.seeds[0]), "X-Model": info.id, "X-Sampler": params.sampler, "X-Steps": str(params.steps),
+        "Vary": "Accept, Prefer",
+    }  # fmt: skip
     if media_type == EVENTS:
         await prepare(request, engine, params)
 

@@ -128,6 +128,7 @@ def test_headers_say_who_drew_what_and_how_long_it_took(service: Service) -> Non
     response = service.request("POST", "/generate", json={"steps": 1}, headers={"x-request-id": "a.b-c_1"})
     assert response.headers["x-request-id"] == "a.b-c_1"
     assert response.headers["x-model"].startswith("tiny@")
+    assert (response.headers["x-sampler"], response.headers["x-steps"]) == ("dpmpp_2m", "1")  # what balanced stands for
     assert response.headers["vary"] == "Accept, Prefer"
     assert [part.split(";")[0] for part in response.headers["server-timing"].split(", ")] == [
         "queue", "denoise", "encode",
