@@ -14,9 +14,11 @@ import torch
 
 from ddpm_core import checkpoint
 
+PROG = "python -m ddpm_core.average"
 
-def build_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m ddpm_core.average", description=(__doc__ or "").split("\n")[0])
+
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n")[0])
     p.add_argument("models", type=Path, nargs=2, metavar="DIR", help="model directories of one network and schedule")
     p.add_argument("--share", type=float, required=True, help="of the second one, 0 .. 1; the first one has the rest")
     p.add_argument("--out", type=Path, required=True, help="model directory to write")
@@ -43,8 +45,8 @@ def run(args: argparse.Namespace) -> None:
     checkpoint.write_atomically(args.out / checkpoint.RECORD_NAME, checkpoint.to_json({"average_of": parts}))
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    args = build_parser(prog).parse_args(argv)
     try:
         run(args)
     except (ValueError, OSError) as error:

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from ddpm_core import checkpoint, data, data_arguments
 
+PROG = "python -m ddpm_core.classifier"
+
 FEATURES = 128
 
 
@@ -129,8 +131,8 @@ def load(directory: Path) -> LoadedClassifier:
     return LoadedClassifier(net.to(memory_format=torch.channels_last).eval().requires_grad_(False), digest)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ddpm_core.classifier", description=__doc__.split("\n")[0])
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0])
     data_arguments.add_data_arguments(parser)
     parser.set_defaults(**data_arguments.DEFAULTS)
     parser.add_argument("--epochs", type=int, default=15)

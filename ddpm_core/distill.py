@@ -24,6 +24,8 @@ from ddpm_core.training import Trainer
 from ddpm_core.trajectories import Chains, TrajectoryLoss
 from ddpm_core.unet import UNet
 
+PROG = "python -m ddpm_core.distill"
+
 RECIPE: dict[str, Any] = {
     "batch_size": 64, "optimizer": "muon", "lr": 1e-3, "warmup_steps": 50, "decay": 1.0, "adam_betas": (0.9, 0.99),
     "ema_decay": 0.9995,
@@ -31,9 +33,9 @@ RECIPE: dict[str, Any] = {
 EPOCHS = 10
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m ddpm_core.distill",
+        prog=prog,
         description="Train a student of few network calls from a model. Ctrl-C saves and says how to resume.",
         argument_default=argparse.SUPPRESS,
     )
@@ -87,8 +89,8 @@ def old_run(args: argparse.Namespace, directory: RunDirectory) -> tuple[Distilla
     return run, teacher
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    args = build_parser(prog).parse_args(argv)
     directory = RunDirectory(args.out)
 
     def prepare() -> tuple[Run, Trainer, str]:

@@ -29,12 +29,14 @@ from ddpm_core.evaluation import Evaluation, Figure, Protocol
 from ddpm_core.likelihood import Bound
 from ddpm_core.network import pick_device
 
+PROG = "python -m ddpm_core.evaluate"
+
 MIN_SAMPLES = 100  # below, FID says nothing and the class balance less
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     defaults = Protocol()
-    p = argparse.ArgumentParser(prog="python -m ddpm_core.evaluate", description=(__doc__ or "").split("\n")[0])
+    p = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n")[0])
     p.add_argument("--model", type=Path, default=Path("weights/mnist"), help="default: %(default)s")
     p.add_argument("--classifier", type=Path, help="the feature space (default: weights/<data>-classifier)")
     data_arguments.add_data_arguments(p)
@@ -167,8 +169,8 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(figures, allow_nan=False))
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    args = build_parser(prog).parse_args(argv)
     try:
         args.classifier = data_arguments.classifier_of(vars(args), args.classifier, "--classifier")
         run(args)

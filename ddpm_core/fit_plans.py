@@ -24,11 +24,13 @@ from ddpm_core.checkpoint import Model
 from ddpm_core.network import Network, pick_device
 from ddpm_core.plans import SamplingPlan
 
+PROG = "python -m ddpm_core.fit_plans"
+
 FIRST_SEED = 2**40  # far from those that people and evaluations use
 
 
-def build_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m ddpm_core.fit_plans", description=(__doc__ or "").split("\n")[0])
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n")[0])
     p.add_argument("--model", type=Path, default=Path("weights/mnist"), help="default: %(default)s")
     p.add_argument("--steps", type=int, nargs="+", default=[3, 5, 8], help="of each plan (default: 3 5 8)")
     p.add_argument("--teacher-steps", type=int, default=60, help="of UniPC, whose images are wanted (default: 60)")
@@ -89,8 +91,8 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(facts))
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    args = build_parser(prog).parse_args(argv)
     try:
         run(args)
     except KeyboardInterrupt:

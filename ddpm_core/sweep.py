@@ -33,13 +33,15 @@ from ddpm_core.noise import MAX_SEED
 from ddpm_core.plans import SamplingPlan
 from ddpm_core.spacings import Spacing
 
+PROG = "python -m ddpm_core.sweep"
+
 LINES = {**{name: (name, 0.0) for name in (*samplers.SAMPLERS, samplers.LEARNED)}, "ddim eta 0.5": ("ddim", 0.5)}
 """What can be swept, by name: a sampler and its eta. (ddim with eta 1 is ddpm.)"""
 NFE = (3, 5, 8, 10, 20, 50, 1000)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m ddpm_core.sweep", description=(__doc__ or "").split("\n")[0])
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n")[0])
     p.add_argument("--model", type=Path, default=Path("weights/mnist"), help="default: %(default)s")
     p.add_argument("--classifier", type=Path, help="the feature space (default: weights/<data>-classifier)")
     data_arguments.add_data_arguments(p)
@@ -221,8 +223,8 @@ def run(args: argparse.Namespace) -> None:
     print(card.sweep_table(sweep.content))
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    args = build_parser(prog).parse_args(argv)
     try:
         args.classifier = data_arguments.classifier_of(vars(args), args.classifier, "--classifier")
         run(args)

@@ -14,8 +14,8 @@ from ddpm_core.training import Trainer
 from ddpm_core.unet import UNet
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = train_options.build_parser().parse_args(argv)
+def main(argv: list[str] | None = None, prog: str = train_options.PROG) -> int:
+    args = train_options.build_parser(prog).parse_args(argv)
     directory = RunDirectory(args.out)
 
     def prepare() -> tuple[Run, Trainer, str]:

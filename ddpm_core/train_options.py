@@ -17,6 +17,8 @@ from ddpm_core.runs import RunDirectory, TrainingRun
 from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.unet import UNetConfig
 
+PROG = "python -m ddpm_core.train"
+
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -28,9 +30,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m ddpm_core.train",
+        prog=prog,
         description="Train a DDPM. Ctrl-C saves and says how to resume.",
         argument_default=argparse.SUPPRESS,
     )
