@@ -33,10 +33,10 @@ def read(reference: str, sha256: str | None = None) -> Model:
     return model
 
 
-def info_of(model: Model, device: torch.device, runtime: str) -> ModelInfo:
+def info_of(model: Model, device: str, runtime: str) -> ModelInfo:
     """What the outside needs to know of a model."""
     return ModelInfo(
-        model.name, model.sha256, str(device), model.config.image_shape,
+        model.name, model.sha256, device, model.config.image_shape,
         model.schedule.num_train_steps, model.num_classes, model.schedule.alphas_cumprod, runtime,
         {steps: plan.sha256 for steps, plan in model.learned.items()},
         model.distilled_steps, not model.needs_label,
@@ -106,7 +106,8 @@ class Runner:
     @property
     def info(self) -> ModelInfo:
         """What the outside needs to know of the model."""
-        return info_of(self.model, self.device, "onnxruntime" if isinstance(self._network, OnnxNetwork) else "torch")
+        runtime = "onnxruntime" if isinstance(self._network, OnnxNetwork) else "torch"
+        return info_of(self.model, str(self.device), runtime)
 
     def row(self, params: GenerateParams, index: int) -> Row:
         """Image `index` of a request, before its first step."""

@@ -80,19 +80,24 @@ def environment(**settings: object) -> dict[str, str]:
 
 @contextlib.contextmanager
 def server(
-    module: str = "app", *, wait: bool = True, before: Callable[[], object] | None = None, **settings: object
+    module: str = "app",
+    *arguments: str,
+    wait: bool = True,
+    before: Callable[[], object] | None = None,
+    **settings: object,
 ) -> Iterator[Server]:
     """A service that listens, and is ready unless `wait` is False. Killed at the end where it still runs.
 
     Args:
         module: what python -m starts.
+        arguments: of its command line.
         wait: until it is ready.
         before: called in the new process before the service is.
         settings: by their names.
     """
     with tempfile.NamedTemporaryFile(suffix=".log") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", module], env=environment(**settings), stderr=log, preexec_fn=before
+            [sys.executable, "-m", module, *arguments], env=environment(**settings), stderr=log, preexec_fn=before
         )
         running = Server(process, log)
         try:
