@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.cli import OFFLINE
 from app.settings import Settings
 from ddpm_core import average, card, distill, evaluate, fit_plans, sweep, train_options
 from ddpm_core.checkpoint import WEIGHTS_NAME, sha256_of
@@ -28,13 +31,20 @@ def blocks(kind: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which every curl block ran, in their order: later ones use what earlier ones wrote."""
-    folder = tmp_path_factory.mktemp("readme")
+    """The folder in which every bash block ran, in their order: later ones use what earlier ones wrote."""
+    folder, bin_folder = tmp_path_factory.mktemp("readme"), tmp_path_factory.mktemp("bin")
+    (folder / "weights").symlink_to(ROOT / "weights")
+    command = bin_folder / "ddpm"  # as an installation makes it
+    command.write_text(f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} exec {sys.executable} -m app.cli "$@"\n')
+    command.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "DDPM_DEVICE": "cpu"}
     assert len(blocks("bash")) >= 4
     with server(model=ROOT / "weights" / "mnist") as it:
         for block in blocks("bash"):
             script = re.sub("curl (?!-f)", "curl --fail-with-body -sS ", block.replace("http://127.0.0.1:8000", it.url))
-            subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, check=True, timeout=300)
+            subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", script], cwd=folder, check=True, timeout=300, env=environment
+            )
     return folder
 
 
@@ -48,6 +58,15 @@ def test_every_curl_block_works_against_the_real_service(drawn: Path) -> None:
         assert arrays["x"].shape == (6, 1, 1, 28, 28)
     with np.load(drawn / "x_t.npz") as arrays:
         assert arrays["x_t"].shape == (1, 1, 28, 28)
+
+
+def test_the_command_drew_the_same_bytes_and_all_that_is_shown(drawn: Path) -> None:
+    assert (drawn / "same.png").read_bytes() == (drawn / "seven.png").read_bytes()
+    assert len(list((drawn / "sevens").glob("*.png"))) == 4
+    for name, size in (("twelve.png", (4 * (4 * 30 - 2), 4 * (3 * 30 - 2))), ("x_t.png", (3 * 226 - 2, 224))):
+        with Image.open(drawn / name) as picture:
+            assert picture.size == size
+    assert (drawn / "chain.webp").read_bytes()[8:12] == b"WEBP"
 
 
 def test_every_python_block_runs_and_draws_the_same_pixels(drawn: Path, tmp_path: Path) -> None:
@@ -87,3 +106,13 @@ def test_every_command_line_parses(line: str) -> None:
         "ddpm_core.evaluate": evaluate, "ddpm_core.sweep": sweep, "ddpm_core.distill": distill,
     }  # fmt: skip
     modules[module].build_parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\$ ddpm (.*)$", README, re.MULTILINE))
+def test_every_line_of_ddpm_parses(line: str) -> None:
+    name, *arguments = shlex.split(line)
+    if name in OFFLINE:
+        module = train_options if name == "train" else importlib.import_module(f"ddpm_core.{name.replace('-', '_')}")
+        module.build_parser().parse_args(arguments)
+    else:
+        importlib.import_module(f"app.cli.{name}").build_parser().parse_intermixed_args(arguments)
