@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from app.engine.request import GenerateParams, ModelInfo, Start
-from ddpm_core import data, hub
+from ddpm_core import data, hub, record
 from ddpm_core.checkpoint import Model, load_model, verify
 from ddpm_core.diffusion import q_sample
-from ddpm_core.network import Network, OnnxNetwork, Padded, pick_device
+from ddpm_core.network import Network, OnnxNetwork, Padded, flops, pick_device
 from ddpm_core.noise import noise
 from ddpm_core.plans import SamplingPlan
 from ddpm_core.sampling import step
@@ -50,8 +50,8 @@ class Runner:
     is asked for.
     """
 
-    def __init__(self, model: Model, device: torch.device, network: Network) -> None:
-        self.model, self.device, self._network = model, device, network
+    def __init__(self, model: Model, device: torch.device, network: Network, class_names: tuple[str, ...] = ()) -> None:
+        self.model, self.device, self._network, self._class_names = model, device, network, class_names
         self.pad_to(1)
         shape = model.config.image_shape
         self._x = torch.zeros(1, 0, *shape, device=device)
@@ -72,11 +72,12 @@ class Runner:
         directory = hub.locate(reference)
         model = load_model(directory, hub.name_of(reference))
         verify(directory, model, sha256)
+        names = record.class_names(directory, model)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # the same at every start
         network = model.network(where, export=True)
         if isinstance(network, OnnxNetwork):
             torch.set_num_threads(1)  # two pools that spin on the same cores wait for each other
-        return cls(model, where, network)
+        return cls(model, where, network, names)
 
     def pad_to(self, multiple: int) -> None:
         """From now on network calls have a multiple of so many rows."""
@@ -92,8 +93,13 @@ class Runner:
             m.schedule.num_train_steps, m.num_classes, m.schedule.alphas_cumprod,
             "onnxruntime" if isinstance(self._network, OnnxNetwork) else "torch",
             {steps: plan.sha256 for steps, plan in m.learned.items()},
-            m.distilled_steps, not m.needs_label,
+            m.distilled_steps, not m.needs_label, self._class_names,
         )  # fmt: skip
+
+    @property
+    def flops(self) -> int:
+        """Of one network row."""
+        return flops(self.model.net)
 
     def row(self, params: GenerateParams, index: int) -> Row:
         """Image `index` of a request, before its first step."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
+from app.description import problems
 from app.engine.engines import Engines
 from app.engine.request import ModelInfo
-from app.routes.common import PROBLEM, check_ready
+from app.routes.common import check_ready
 from app.schemas import Capabilities, GenerateRequest, Limits, ModelCapabilities, SamplerCapabilities
 from app.settings import Settings
 from ddpm_core import __version__, samplers
@@ -60,7 +61,7 @@ def _limits(settings: Settings) -> Limits:
     )
 
 
-@router.get("/capabilities", responses={503: PROBLEM})
+@router.get("/capabilities", responses=problems(503))
 async def capabilities(request: Request) -> Capabilities:
     """The models, the samplers of each, and the limits of this deployment."""
     check_ready(request)

@@ -11,11 +11,12 @@ from fastapi import APIRouter, Request, Response
 from app import errors, forward, images
 from app.access import flow_of
 from app.answers import FORMATS, JSON, NPZ, PNG, b64
+from app.description import problems
 from app.drawing import random_seed
 from app.engine.request import ModelInfo
 from app.forms import form_schema, read_upload
 from app.http import negotiate, unless_gone
-from app.routes.common import PROBLEM, check_ready, served
+from app.routes.common import check_ready, served
 from app.schemas import NoisedImage, NoiseRequest, NoiseResponse
 from ddpm_core import __version__
 
@@ -38,8 +39,14 @@ def _timesteps(text: str, info: ModelInfo) -> list[int]:
     "/noise",
     response_model=NoiseResponse,
     responses={
-        200: {"content": {PNG: {}, NPZ: {}}},
-        **dict.fromkeys((404, 406, 408, 413, 415, 429, 503), PROBLEM),
+        200: {
+            "content": {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in (PNG, NPZ)},
+            "headers": {
+                "X-Alpha-Bar": {"schema": {"type": "string"}, "description": "alpha_bar of each t."},
+                "X-Seed": {"schema": {"type": "string"}},
+            },
+        },
+        **problems(404, 406, 408, 413, 415, 429, 503),
     },
     openapi_extra={"requestBody": form_schema(NoiseRequest)},
 )
