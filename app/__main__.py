@@ -109,7 +109,10 @@ def main() -> int:
             server.should_exit = True
 
     engines.on_failure(on_failure)
-    server.run()
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's way out where it cannot listen: ours must not wait for a thread that loads
+        return 1
     if engines.failure is not None:
         print(f"error: {engines.failure}", file=sys.stderr)
         return 1

@@ -68,12 +68,11 @@ class Outermost:
             app: ASGIApp = self.app
             most: int = scope["app"].state.settings.max_header_bytes
             if given is not None and not valid:
-                app = errors.answer(
-                    request_id, 422, "invalid", "X-Request-Id must be 1 to 64 characters of A-Z a-z 0-9 . _ -"
-                )
+                detail = "X-Request-Id must be 1 to 64 characters of A-Z a-z 0-9 . _ -"
+                app = errors.answer(request_id, 422, "invalid", detail, path=scope["path"])
             elif _head_bytes(scope) > most:  # h11 counts a head only as long as it is not whole
                 detail = f"the head of the request is over the limit of {most:,} bytes"
-                app = errors.answer(request_id, 431, errors.HEAD_TOO_LARGE, detail)
+                app = errors.answer(request_id, 431, errors.HEAD_TOO_LARGE, detail, path=scope["path"])
             await app(scope, receive, send_on)
 
 
@@ -174,9 +173,14 @@ async def _body(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
         yield chunk
 
 
+def base_url(request: Request) -> str:
+    """Scheme and host that a client knows us by: not request.url, which a strange Host header breaks."""
+    return f"{request.scope.get('scheme', 'http')}://{request.headers.get('host', 'localhost')}"
+
+
 def _url(request: Request) -> str:
-    """For a hint: not request.url, which a strange Host header breaks."""
-    return f"http://{request.headers.get('host', 'localhost')}{request.scope['path']}"
+    """For a hint."""
+    return f"{base_url(request)}{request.scope['path']}"
 
 
 def _media_type(request: Request) -> str:

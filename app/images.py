@@ -19,6 +19,7 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # her
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 JPEG_MAGIC, START_OF_SCAN = b"\xff\xd8", b"\xff\xda"  # also of MPO, which Pillow finds in a JPEG
+GRID_PAD = 2  # pixels between the images of a grid
 MAX_SCANS = 100  # of a progressive JPEG: each is a pass over all pixels and may have twenty bytes; encoders make ten
 
 
@@ -83,10 +84,10 @@ def _durations(frames: int) -> list[int]:
     return [max(40, 2000 // frames)] * (frames - 1) + [1500]
 
 
-def grid(images: Sequence[Pixels], columns: int, *, pad: int = 2) -> Pixels:
+def grid(images: Sequence[Pixels], columns: int) -> Pixels:
     """Lays images of one shape out in rows of `columns`, white between them."""
     c, h, w = images[0].shape
-    rows = -(-len(images) // columns)
+    rows, pad = -(-len(images) // columns), GRID_PAD
     canvas = np.full((c, rows * (h + pad) - pad, columns * (w + pad) - pad), 255, np.uint8)
     for i, image in enumerate(images):
         top, left = i // columns * (h + pad), i % columns * (w + pad)
@@ -106,7 +107,7 @@ class Upload:
     """
 
     def __init__(self, content: bytes, max_pixels: int) -> None:
-        self._told = functools.partial(_damage_told, max_pixels)
+        self._max_pixels, self._told = max_pixels, functools.partial(_damage_told, max_pixels)
         with self._told():
             self._file = Image.open(io.BytesIO(content), formats=FORMATS)
         width, height = self._file.size
@@ -115,6 +116,20 @@ class Upload:
             raise TooManyPixels(f"{width} x {height} pixels are over the limit of {max_pixels:,}: send a smaller image")
         if content.startswith(JPEG_MAGIC) and (scans := content.count(START_OF_SCAN)) > MAX_SCANS:
             raise BadImage(f"{scans} scans are over the limit of {MAX_SCANS}: save the image as a baseline JPEG")
+
+    def facts(self) -> str | None:
+        """What it says of how it was made: the text chunk "ddpm" of a PNG."""
+        with self._told():
+            text = getattr(self._file, "text", {}).get("ddpm")
+        return None if text is None else str(text)
+
+    def frames(self) -> list[Pixels]:
+        """The pixels of every frame, as decode() has them. Raises BadImage: damaged. TooManyPixels: of all frames."""
+        number = getattr(self._file, "n_frames", 1)
+        if number * self.pixels > self._max_pixels:
+            raise TooManyPixels(f"{number} frames of {self.pixels:,} pixels are over the limit of {self._max_pixels:,}")
+        with self._told():
+            return [to_pixels(upright_8_bit(self._file, frame)) for frame in range(number)]
 
     def decode(self, fit: tuple[int, int, int] | None) -> Pixels:
         """The pixels: EXIF rotation applied, first frame, alpha dropped, palette to RGB, 16 to 8 bit.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from app import errors
 from app.access import Access
+from app.description import complete, problems
 from app.engine.admission import Bounds
 from app.engine.engine import Engine
 from app.engine.engines import Engines
@@ -22,8 +24,20 @@ from app.engine.runner import Runner
 from app.http import Outermost
 from app.jobs import Jobs
 from app.metrics import Metrics
-from app.routes import capabilities, denoise, docs, generate, health, image_urls, metrics, noise, oip, requests
-from app.routes.common import PROBLEM
+from app.routes import (
+    capabilities,
+    denoise,
+    docs,
+    generate,
+    health,
+    image_urls,
+    metrics,
+    noise,
+    oip,
+    openai,
+    requests,
+    verify,
+)
 from app.settings import Settings
 from app.uploads import Uploads, frames
 from ddpm_core import __version__
@@ -52,17 +66,22 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app = FastAPI(
         title="DDPM image service",
         version=__version__,
-        description="Draws images with a denoising diffusion probabilistic model, and noises yours.",
+        summary="Draws images with a denoising diffusion probabilistic model, and noises yours.",
+        description=(
+            "The same model, seed, label, sampler and steps give the same bytes, alone or in any company. Every error "
+            "is problem+json (RFC 9457), which names the field, what is allowed and how to mend it."
+        ),
         lifespan=lifespan,
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
-        responses={422: PROBLEM, 500: PROBLEM},
+        responses=problems(422, 500),
         openapi_url="/openapi.json" if settings.docs else None,
     )
     app.state.settings, app.state.engines, app.state.metrics = settings, engines, counted
     app.state.sharing, app.state.uploads = image_urls.Sharing(), Uploads(settings, counted)
+    app.state.started = int(time.time())
     app.state.frames, app.state.jobs = frames(settings, counted), Jobs(settings, counted)
     if settings.cors_origins:
         app.add_middleware(
@@ -72,17 +91,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Outermost)
     errors.install(app)
     with_key: dict[str, Any] = (
-        {"dependencies": [Depends(Access(settings.keys))], "responses": {401: PROBLEM}} if settings.keys else {}
+        {"dependencies": [Depends(Access(settings.keys))], "responses": problems(401)} if settings.keys else {}
     )
-    for module in (generate, denoise, image_urls, noise, requests, capabilities, oip):
+    for module in (generate, denoise, image_urls, noise, requests, capabilities, oip, openai, verify):
         app.include_router(module.router, **with_key)
     for router in (health.router, metrics.router):
         app.include_router(router, **(with_key if settings.metrics_key else {}))
     app.include_router(health.probes)
     if settings.docs:
         app.include_router(docs.router)
-        schema = app.openapi()["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        schema["properties"]["n"]["maximum"] = settings.max_images
+        complete(app.openapi(), settings)
     return app
 
 

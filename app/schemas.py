@@ -17,7 +17,29 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class GenerateRequest(_Body):
+class Sampling(_Body):
+    """How a chain is run."""
+
+    sampler: Annotated[
+        Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "ipndm", "unipc", "learned", "fast", "balanced", "reference"],
+        Field(
+            description="A sampler, or a preset: fast, balanced, reference. learned: where the model has such plans."
+        ),
+    ] = "balanced"
+    steps: Annotated[int | None, Field(ge=1, description="Network calls per image; absent: the sampler's own.")] = None
+    eta: Annotated[float, Field(ge=0, le=1, description="ddim only: 0 is deterministic, 1 is DDPM.")] = 0.0
+    guidance_scale: Annotated[
+        float, Field(ge=0, le=20, description="Classifier-free guidance; 1 is off, else a label is needed.")
+    ] = 1.0
+    deadline_ms: Annotated[
+        int | None,
+        Field(
+            ge=1, le=86_400_000, description="429 at once if it cannot be met, 504 if it passes; absent: no deadline."
+        ),
+    ] = None
+
+
+class GenerateRequest(Sampling):
     """POST /generate. Every field is optional."""
 
     n: Annotated[int, Field(ge=1, description="How many images; image i uses seed + i.")] = 1
@@ -32,17 +54,6 @@ class GenerateRequest(_Body):
     model: Annotated[
         str | None, Field(max_length=200, description="Its name or id, of those at /capabilities; absent: the first.")
     ] = None
-    sampler: Annotated[
-        Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "ipndm", "unipc", "learned", "fast", "balanced", "reference"],
-        Field(
-            description="A sampler, or a preset: fast, balanced, reference. learned: where the model has such plans."
-        ),
-    ] = "balanced"
-    steps: Annotated[int | None, Field(ge=1, description="Network calls per image; absent: the sampler's own.")] = None
-    eta: Annotated[float, Field(ge=0, le=1, description="ddim only: 0 is deterministic, 1 is DDPM.")] = 0.0
-    guidance_scale: Annotated[
-        float, Field(ge=0, le=20, description="Classifier-free guidance; 1 is off, else a label is needed.")
-    ] = 1.0
     seed: Annotated[
         int | None, Field(ge=0, le=MAX_SEED, description="0 .. 2^53 - n; absent: random, and returned.")
     ] = None
@@ -50,12 +61,6 @@ class GenerateRequest(_Body):
     response_format: Annotated[
         Literal["png", "b64_json", "apng", "webp", "npz"] | None,
         Field(description="Decides against Accept; the last three with frames."),
-    ] = None
-    deadline_ms: Annotated[
-        int | None,
-        Field(
-            ge=1, le=86_400_000, description="429 at once if it cannot be met, 504 if it passes; absent: no deadline."
-        ),
     ] = None
     previews: Annotated[
         int | None,
@@ -109,7 +114,7 @@ class NoiseRequest(_Body):
     model: Annotated[
         str | None, Field(max_length=200, description="Whose schedule noises; absent: that of the first.")
     ] = None
-    seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
+    seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="Absent: random, and returned.")] = None
     fit: Literal["none", "model"] = "none"
     response_format: Literal["png", "b64_json", "npz"] | None = None
 
@@ -146,6 +151,21 @@ class GeneratedImage(_Body):
     b64_json: str = Field(description="The PNG, base64.")
     seed: int
     label: int | None
+
+
+class VerifyRequest(_Body):
+    """The text fields of POST /verify: none."""
+
+
+class VerifyResponse(_Body):
+    verdict: Literal["reproduced", "different", "cannot_tell"] = Field(
+        description="Whether the picture's pixels are those that this server draws from what its text chunk says."
+    )
+    detail: str = Field(description="The same for people, or why it cannot be told.")
+    version: str = Field(description="Of this service: another one may draw other pixels.")
+    facts: list[dict[str, Any]] | None = Field(None, description="What the picture says, image by image.")
+    different_pixels: int | None = None
+    largest_difference: int | None = Field(None, description="Of any colour, 0 .. 255.")
 
 
 class GenerateResponse(_Body):

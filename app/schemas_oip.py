@@ -6,11 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.schemas import GenerateRequest
+from app.schemas import Sampling
 from ddpm_core.noise import MAX_SEED
-
-PARAMETERS = ("sampler", "steps", "eta", "guidance_scale", "deadline_ms")
-"""Fields of /generate that a request may have among its parameters."""
 
 
 class _Body(BaseModel):
@@ -57,8 +54,10 @@ class InferenceRequest(_Body):
     """Images by their seeds, which need not follow one another, and labels."""
 
     id: Annotated[str | None, Field(max_length=200)] = None
-    parameters: Annotated[dict[str, Any] | None, Field(description=f"{', '.join(PARAMETERS)}, as in /generate.")] = None
-    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=2)]
+    parameters: Annotated[Sampling | None, Field(description="As in /generate.")] = None
+    inputs: Annotated[
+        list[InputTensor], Field(min_length=1, max_length=2, description="seed, and label where there are labels.")
+    ]
     outputs: list[OutputRequest] | None = None
 
 
@@ -74,6 +73,3 @@ class InferenceResponse(_Body):
     model_version: str
     id: str
     outputs: list[OutputTensor]
-
-
-assert set(PARAMETERS) <= GenerateRequest.model_fields.keys()

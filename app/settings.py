@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 from PIL import Image
@@ -116,8 +117,13 @@ class Settings(BaseSettings):
 
     @property
     def served(self) -> tuple[str, ...]:
-        """Every model to serve; the first is the default."""
-        return self.models or (self.model,)
+        """Every model to serve; the first is the default.
+
+        Where none is named the directory is meant alone: a start in another folder must not fetch somebody's
+        weights/mnist from the hub.
+        """
+        named = "model" in self.model_fields_set
+        return self.models or (self.model if named else str(Path(self.model).absolute()),)
 
     @model_validator(mode="after")
     def _models_are_told_apart(self) -> Settings:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm_core import checkpoint
+from ddpm_core import checkpoint, record
 
 PROG = "python -m ddpm_core.average"
 
@@ -38,11 +38,11 @@ def run(args: argparse.Namespace) -> None:
     weights = {name: torch.lerp(ours, theirs[name], args.share) for name, ours in first.net.state_dict().items()}
     shares = (1 - args.share, args.share)
     parts = [
-        {"share": share, **checkpoint.origin(path, model)}
+        {"share": share, **record.origin(path, model)}
         for path, model, share in zip(args.models, (first, second), shares, strict=True)
     ]
     checkpoint.save_model(args.out, weights, first.config, first.scheduler)
-    checkpoint.write_atomically(args.out / checkpoint.RECORD_NAME, checkpoint.to_json({"average_of": parts}))
+    checkpoint.write_atomically(args.out / record.RECORD_NAME, checkpoint.to_json({"average_of": parts}))
 
 
 def main(argv: list[str] | None = None, prog: str = PROG) -> int:

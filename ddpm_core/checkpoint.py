@@ -37,7 +37,6 @@ from ddpm_core.weights import WEIGHTS_NAME as WEIGHTS_NAME
 
 log = logging.getLogger(__name__)
 
-RECORD_NAME = "training.json"  # of a model directory: how its weights came about
 CARD_NAME = "card.json"  # of a model directory: what was measured of its weights
 GRAPH_NAME = "model.onnx"  # beside the weights: the network for ONNX Runtime
 COMPONENTS = ("unet", "scheduler", "noise_scheduler")  # of a pipeline that we run, in model_index.json
@@ -65,6 +64,7 @@ class Model:
     schedule: NoiseSchedule
     graph: Path | None = None  # where the network's graph lies, or would; None: the model is not on disk
     learned: Mapping[int, SamplingPlan] = dataclasses.field(default_factory=dict)  # fitted to it, by steps
+    class_names: tuple[str, ...] = ()  # of its labels, where they are known (record.py)
 
     @property
     def config(self) -> UNetConfig:
@@ -319,17 +319,6 @@ def verify(directory: Path, model: Model, sha256: str | None = None) -> None:
             f"the weights in {directory} have sha256 {model.sha256}, {CARD_NAME} was written for {measured}: they were "
             f"swapped, damaged or trained on. Restore the file, or {renew}"
         )
-
-
-def training_record(directory: Path) -> dict[str, Any]:
-    """How the weights in a model directory came about; nothing where that is not recorded."""
-    path = directory / RECORD_NAME
-    return read_json(path) if path.is_file() else {}
-
-
-def origin(directory: Path, model: Model) -> dict[str, Any]:
-    """A model as the record of another names it that came from it."""
-    return {"sha256": model.sha256, "training": training_record(directory)}
 
 
 def _learned_plans(path: Path, sha256: str) -> dict[int, SamplingPlan]:

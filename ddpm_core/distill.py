@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ddpm_core import checkpoint, run_options, training_loop, trajectories
+from ddpm_core import checkpoint, record, run_options, training_loop, trajectories
 from ddpm_core.checkpoint import Model
 from ddpm_core.network import pick_device
 from ddpm_core.runs import DistillationRun, Run, RunDirectory
@@ -72,7 +72,7 @@ def new_run(args: argparse.Namespace) -> tuple[DistillationRun, Model]:
         ),
         run_options.recipe_of({**RECIPE, **vars(args)}, chains.chains, EPOCHS),
         **run_options.hardware(args),
-        started_from=checkpoint.origin(path, teacher),
+        started_from=record.origin(path, teacher),
         teacher=str(path),
         chains=chains,
     )

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ddpm_core import card, checkpoint, classifier, data_arguments, evaluation, sampling
+from ddpm_core import card, checkpoint, classifier, data_arguments, evaluation, record, sampling
 from ddpm_core.checkpoint import Model
 from ddpm_core.evaluation import Evaluation, Figure, Protocol
 from ddpm_core.likelihood import Bound
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
     loaded = classifier.load(args.classifier)
     device = pick_device(args.device)
     train, test = (data_arguments.load(vars(args), train=part) for part in (True, False))
-    training = checkpoint.training_record(args.model)  # before the work: it may be damaged
+    training = record.training_record(args.model)  # before the work: it may be damaged
     start = time.monotonic()
     bounded = (
         0 if model.distilled_steps else sum(min(protocol.bound_images, len(part.images)) for part in (train, test))

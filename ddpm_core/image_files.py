@@ -11,12 +11,12 @@ from PIL import Image, ImageOps
 Pixels = NDArray[np.uint8]  # (C, H, W), C = 1 or 3
 
 
-def upright_8_bit(file: Image.Image) -> Image.Image:
-    """An open image file -> L or RGB: first frame, EXIF rotation applied, alpha dropped, palette to RGB, 16 to 8 bit.
+def upright_8_bit(file: Image.Image, frame: int = 0) -> Image.Image:
+    """A frame of an open image file -> L or RGB: EXIF rotation applied, alpha dropped, palette to RGB, 16 to 8 bit.
 
     Raises nearly anything where the file is damaged: Pillow's decoders have no common error.
     """
-    file.seek(0)
+    file.seek(frame)
     file.load()
     picture = ImageOps.exif_transpose(file)
     if picture.mode.startswith("I") or picture.mode == "F":  # 16 bit grey

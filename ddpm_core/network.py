@@ -16,6 +16,7 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_core.graph import FORM, example
 from ddpm_core.unet import UNet
@@ -46,6 +47,15 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+@torch.no_grad()
+def flops(net: UNet) -> int:
+    """Floating-point operations of one row of a call, counted by torch in one: a multiply-add is two."""
+    device = net.conv_in.weight.device
+    with FlopCounterMode(display=False) as counter:
+        net(*(part if part is None else part.to(device) for part in example(net, rows=1)))
+    return int(counter.get_total_flops())
 
 
 class TorchNetwork:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from ddpm_core import checkpoint, pictures, sampling, trajectories
+from ddpm_core import checkpoint, pictures, record, sampling, trajectories
 from ddpm_core.checkpoint import CheckpointError, Model
 from ddpm_core.data import Options
 from ddpm_core.recipe import Recipe
@@ -138,7 +138,7 @@ class RunDirectory:
             "torch": torch.__version__,
             **({"started_from": run.started_from} if run.started_from else {}),
         }
-        checkpoint.write_atomically(self.model / checkpoint.RECORD_NAME, checkpoint.to_json(facts))
+        checkpoint.write_atomically(self.model / record.RECORD_NAME, checkpoint.to_json(facts))
         net = UNet(run.unet)
         net.load_state_dict(weights)
         model = Model("model", sha256, net, run.scheduler, run.scheduler.schedule())

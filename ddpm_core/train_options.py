@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from ddpm_core import checkpoint, data, data_arguments
+from ddpm_core import checkpoint, data, data_arguments, record
 from ddpm_core.diffusion import Prediction
 from ddpm_core.plans import Variance
 from ddpm_core.recipe import Recipe
@@ -124,7 +124,7 @@ def of_model(args: argparse.Namespace, images: data.ImageSet) -> tuple[UNetConfi
             f"{args.init} is of {model.num_classes} classes of {wanted} images, "
             f"{images.name} has {images.num_classes} of {found}: they must agree"
         )
-    return model.config, model.scheduler, checkpoint.origin(args.init, model)
+    return model.config, model.scheduler, record.origin(args.init, model)
 
 
 def old_run(args: argparse.Namespace, directory: RunDirectory) -> tuple[TrainingRun, data.ImageSet]:

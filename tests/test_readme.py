@@ -54,6 +54,7 @@ def test_every_curl_block_works_against_the_real_service(drawn: Path) -> None:
     assert (drawn / "linked.png").read_bytes() == (drawn / "seven.png").read_bytes()
     assert (drawn / "events.txt").read_text().count("event: progress") == 6
     assert len(json.loads((drawn / "images.json").read_text())["images"]) == 3
+    assert json.loads((drawn / "openai.json").read_text())["data"][0]["seed"] == 1
     with np.load(drawn / "chain.npz") as arrays:
         assert arrays["x"].shape == (6, 1, 1, 28, 28)
     with np.load(drawn / "x_t.npz") as arrays:

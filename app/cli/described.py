@@ -5,17 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from app.capabilities import of_model
 from app.cli.errors import CommandError
 from app.cli.local import place, told
 from app.engine.runner import info_of, read
 from ddpm_core import card
-from ddpm_core.checkpoint import CARD_NAME, Model, read_json, training_record
-from ddpm_core.graph import example
+from ddpm_core.checkpoint import CARD_NAME, read_json
 from ddpm_core.hub import locate
+from ddpm_core.network import flops
 
 OF_CARD = ("sampling", "metrics", "floor")
 
@@ -27,12 +24,10 @@ def describe(model: str | None) -> tuple[dict[str, Any], str]:
         found = read(reference, pin)
         directory = locate(reference)
         figures = _figures(directory)
-        names = training_record(directory).get("data_facts", {}).get("class_names", [])
         facts = {
             **of_model(info_of(found, "cpu", "torch")).model_dump(),
-            "class_names": names,
             "parameters": sum(p.numel() for p in found.net.parameters()),
-            "gflop_per_call": _gflop(found),
+            "gflop_per_call": flops(found.net) / 1e9,
             "prediction_type": found.scheduler.prediction_type,
             "beta_schedule": found.scheduler.beta_schedule,
             "card": {name: figures[name] for name in OF_CARD} if figures else None,
@@ -51,10 +46,3 @@ def _figures(directory: Path) -> dict[str, Any]:
     except (KeyError, TypeError) as error:
         raise CommandError(f"{path} is of another version ({error!r}): measure with `ddpm evaluate --card`") from None
     return figures
-
-
-def _gflop(model: Model) -> float:
-    """Of a network call of one image."""
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model.net(*example(model.net, rows=1))
-    return float(counter.get_total_flops()) / 1e9

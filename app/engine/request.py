@@ -188,6 +188,8 @@ class Exactness:
             return "not exact: not asked for (DDPM_EXACT=false)"
         if not self.exact:
             return "not exact: on this device the bits of a row depend on the rows beside it"
+        if self.checked_rows == (1,):
+            return "exact: every call has one row"
         if self.rows_multiple == 1:
             return f"exact at all {len(self.checked_rows)} batch sizes tried, 1 to {self.most_rows} rows"
         if self.rows_multiple == max(self.checked_rows):

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from app.engine.request import GenerateParams, ModelInfo, Start
-from ddpm_core import data, hub
+from ddpm_core import data, hub, record
 from ddpm_core.checkpoint import Model, load_model, verify
 from ddpm_core.diffusion import q_sample
-from ddpm_core.network import Network, OnnxNetwork, Padded, pick_device
+from ddpm_core.network import Network, OnnxNetwork, Padded, flops, pick_device
 from ddpm_core.noise import noise
 from ddpm_core.plans import SamplingPlan
 from ddpm_core.sampling import step
@@ -30,7 +30,7 @@ def read(reference: str, sha256: str | None = None) -> Model:
     directory = hub.locate(reference)
     model = load_model(directory, hub.name_of(reference))
     verify(directory, model, sha256)
-    return model
+    return dataclasses.replace(model, class_names=record.class_names(directory, model))
 
 
 def info_of(model: Model, device: str, runtime: str) -> ModelInfo:
@@ -39,7 +39,7 @@ def info_of(model: Model, device: str, runtime: str) -> ModelInfo:
         model.name, model.sha256, device, model.config.image_shape,
         model.schedule.num_train_steps, model.num_classes, model.schedule.alphas_cumprod, runtime,
         {steps: plan.sha256 for steps, plan in model.learned.items()},
-        model.distilled_steps, not model.needs_label,
+        model.distilled_steps, not model.needs_label, model.class_names,
     )  # fmt: skip
 
 
@@ -108,6 +108,11 @@ class Runner:
         """What the outside needs to know of the model."""
         runtime = "onnxruntime" if isinstance(self._network, OnnxNetwork) else "torch"
         return info_of(self.model, str(self.device), runtime)
+
+    @property
+    def flops(self) -> int:
+        """Of one network row."""
+        return flops(self.model.net)
 
     def row(self, params: GenerateParams, index: int) -> Row:
         """Image `index` of a request, before its first step."""

@@ -19,8 +19,10 @@ from app.engine.runner import Row, Runner
 from app.engine.steptime import StepTime, sizes
 
 MOST_ROWS = {"cpu": 32, "accelerator": 256}  # of a step; the best number is looked for below
+MOST_FLOPS = {"cpu": 4e10, "accelerator": 1e13}  # of a step: large networks fill a device with few rows
 PINNED_ROWS = {"cpu": 8, "accelerator": 64}  # of every call, where rows keep their bits in no other way
-ROUNDS = 7  # of timed steps
+ROUNDS = 7  # of timed steps, as far as they take no longer than
+ROUNDS_S = 5.0
 LONGEST_S = 0.25  # a step that takes so long is the last size tried: clients join and leave between steps
 STEPS = 3  # of the chains that are compared: with noise, with noise and history, and the last
 
@@ -34,7 +36,7 @@ def prepare(runner: Runner, exact: bool, batch_rows: int | None) -> tuple[Exactn
         batch_rows: of a full step; None: as many as the measured step time recommends.
     """
     kind = "cpu" if runner.device.type == "cpu" else "accelerator"
-    most = batch_rows or MOST_ROWS[kind]
+    most = batch_rows or min(MOST_ROWS[kind], max(1, int(MOST_FLOPS[kind] / runner.flops)))
     guided = 2 if runner.info.guidance else 1  # network rows that the costliest image needs
     exactness = find_exactness(runner, max(most, guided), PINNED_ROWS[kind]) if exact else Exactness(False, 1, ())
     step_time = measure(runner, min(most, exactness.most_rows))
@@ -49,8 +51,10 @@ def measure(runner: Runner, most: int) -> StepTime:
     sizes.
     """
     took: dict[int, list[float]] = {}
-    tried = sizes(most)
+    tried, start = sizes(most), time.perf_counter()
     for _ in range(ROUNDS):
+        if took and time.perf_counter() - start > ROUNDS_S:
+            break
         for size in tried:
             seconds = _one_step_s(runner, size)
             if seconds > LONGEST_S and (seconds := _one_step_s(runner, size)) > LONGEST_S:

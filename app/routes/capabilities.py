@@ -5,15 +5,16 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from app.capabilities import limits, of_model
+from app.description import problems
 from app.engine.engines import Engines
-from app.routes.common import PROBLEM, check_ready
+from app.routes.common import check_ready
 from app.schemas import Capabilities
 from ddpm_core import __version__
 
 router = APIRouter(tags=["models"])
 
 
-@router.get("/capabilities", responses={503: PROBLEM})
+@router.get("/capabilities", responses=problems(503))
 async def capabilities(request: Request) -> Capabilities:
     """The models, the samplers of each, and the limits of this deployment."""
     check_ready(request)

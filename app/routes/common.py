@@ -9,9 +9,6 @@ from app.drawing import unavailable
 from app.engine.engine import Engine
 from app.engine.engines import Engines
 from app.engine.request import ModelInfo
-from app.schemas import ProblemBody
-
-PROBLEM = {"content": {"application/problem+json": {"schema": ProblemBody.model_json_schema()}}}
 
 REQUEST_ID = {"X-Request-Id": {"schema": {"type": "string"}, "description": "The request's id, its client's or new."}}
 """Headers of a response, for OpenAPI."""

@@ -8,12 +8,13 @@ from fastapi import APIRouter, Request, Response
 
 from app import noising
 from app.access import flow_of
+from app.description import problems
 from app.drawing import to_params
 from app.engine.request import Start
 from app.forms import form_schema, read_upload
 from app.http import unless_gone
-from app.routes.common import PROBLEM, check_ready, served
-from app.routes.drawing import ACCEPTED, DRAWN, media_type_of, respond
+from app.routes.common import check_ready, served
+from app.routes.drawing import ACCEPTED, DRAWN, PARAMETERS, media_type_of, respond
 from app.schemas import DenoiseRequest, GenerateResponse
 
 router = APIRouter(tags=["images"])
@@ -25,9 +26,9 @@ router = APIRouter(tags=["images"])
     responses={
         200: DRAWN,
         202: ACCEPTED,
-        **dict.fromkeys((404, 406, 408, 409, 410, 413, 415, 429, 503, 504), PROBLEM),
+        **problems(404, 406, 408, 409, 410, 413, 415, 429, 503, 504),
     },
-    openapi_extra={"requestBody": form_schema(DenoiseRequest)},
+    openapi_extra={"requestBody": form_schema(DenoiseRequest), "parameters": PARAMETERS},
 )
 async def denoise(request: Request) -> Response:
     """Noises an image, fitted to the model's shape, to t, and draws it anew from there: SDEdit (Meng et al. 2021)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import Any
@@ -16,21 +17,28 @@ from starlette.concurrency import run_in_threadpool
 from app import answers, errors
 from app.access import flow_of
 from app.answers import FORMATS
+from app.description import header
 from app.drawing import kept_bytes, refusals_told, submit, to_problem
 from app.engine.engine import Engine
 from app.engine.request import DuplicateRequest, EngineError, GenerateParams, ModelInfo, Result
 from app.http import Preference, negotiate, unless_gone
 from app.jobs import Answer, Jobs
 from app.routes.common import REQUEST_ID
-from app.routes.events import EVENTS, event_stream
+from app.routes.events import EVENTS, Events, OurEvents, event_stream
 from app.routes.requests import LOCATION, state_of
 from app.schemas import GenerateRequest, RequestState
 
 SHORT_PLAN = 100  # steps of which any sampler's plan is computed in some milliseconds
 OFFERED = (EVENTS, *answers.STILL)
 
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+EVENT = 'event: progress\ndata: {"step":1,"steps":5,"queue_position":0,"eta_s":0.02,"previews":[]}\n\n'
 DRAWN = {
-    "content": {media_type: {} for media_type in (*OFFERED, *answers.MOVING)},
+    "description": "The images, as Accept or response_format says.",
+    "content": {
+        **{media_type: BINARY for media_type in (*answers.STILL, *answers.MOVING) if media_type != answers.JSON},
+        EVENTS: {"example": EVENT},
+    },
     "headers": {
         **REQUEST_ID,
         "X-Seed": {"schema": {"type": "string"}, "description": "Of the first image."},
@@ -59,6 +67,12 @@ DRAWN = {
 }
 """A 200, for OpenAPI."""
 
+
+PARAMETERS = [
+    header("Prefer", "`respond-async`: a 202 at once; `, wait=20`: unless it is done within 20 seconds."),
+    header("X-Request-Id", "What to know the request by; absent: a new id.", pattern="^[A-Za-z0-9._-]{1,64}$"),
+]
+"""Of a request, for OpenAPI."""
 
 ACCEPTED: dict[str, Any] = {
     "model": RequestState,
@@ -112,6 +126,20 @@ def media_type_of(request: Request, body: GenerateRequest) -> str:
     return media_type
 
 
+def stream(
+    request: Request, engine: Engine, params: GenerateParams, events_of: Events, headers: Mapping[str, str]
+) -> Response:
+    """A request as an event stream. It has been prepared."""
+    return event_stream(
+        request,
+        lambda tell: submit(engine, params, tell),
+        lambda: engine.cancel(params.request_id, params.flow),
+        lambda error: to_problem(error, params),
+        events_of,
+        headers,
+    )
+
+
 async def respond(
     request: Request, engine: Engine, info: ModelInfo, params: GenerateParams, media_type: str, scale: int
 ) -> Response:
@@ -123,18 +151,10 @@ async def respond(
     if media_type == EVENTS:
         await prepare(request, engine, params)
 
-        def completed(result: Result) -> bytes:
+        def encode(result: Result) -> bytes:
             return answers.listed(result, params, info, scale)
 
-        return event_stream(
-            request,
-            lambda tell: submit(engine, params, tell),
-            lambda: engine.cancel(params.request_id, params.flow),
-            completed,
-            lambda error: to_problem(error, params),
-            scale,
-            headers,
-        )
+        return stream(request, engine, params, OurEvents(params.request_id, scale, encode), headers)
 
     async def work(held: ExitStack) -> Answer:
         """Its answer, once the engine has accepted it; what it holds is given back with `held`."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
+from typing import Protocol
 
 from fastapi import Request
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
@@ -26,13 +28,48 @@ KEEP_ALIVE_S = 15.0
 BACKLOG_BYTES = 2**22  # of events that a slow reader is behind; older ones are dropped
 
 
+class Events(Protocol):
+    """What a stream sends; b"" is nothing."""
+
+    def progress(self, progress: Progress) -> bytes: ...
+
+    def completed(self, result: Result) -> bytes: ...
+
+    def failed(self, problem: errors.Problem) -> bytes: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OurEvents:
+    """`progress` a step, then `completed` or `error`."""
+
+    request_id: str
+    scale: int  # of the previews
+    encode: Callable[[Result], bytes]  # as JSON
+
+    def progress(self, progress: Progress) -> bytes:
+        previews = [
+            Preview(index=index, b64_json=b64(images.encode_png(pixels, {}, scale=self.scale)))
+            for index, pixels in progress.previews
+        ]
+        data = ProgressEvent(
+            step=progress.step, steps=progress.steps, queue_position=progress.queue_position,
+            eta_s=round(progress.eta_s, 3), previews=previews,
+        )  # fmt: skip
+        return event("progress", data)
+
+    def completed(self, result: Result) -> bytes:
+        return format_sse_event(event="completed", data_str=self.encode(result).decode())
+
+    def failed(self, problem: errors.Problem) -> bytes:
+        return event("error", ProblemBody(**problem.body(self.request_id)))
+
+
 def event_stream(
     request: Request,
     submit: Callable[[OnProgress], Future[Result]],
     cancel: Callable[[], object],
-    encode: Callable[[Result], bytes],
     to_problem: Callable[[BaseException], errors.Problem],
-    scale: int,
+    events_of: Events,
     headers: Mapping[str, str],
 ) -> EventSourceResponse:
     """Submits a request and tells its client of every step. A client that leaves ends it.
@@ -41,9 +78,8 @@ def event_stream(
         request: the client's; its end is the end of the stream, read or not.
         submit: hands the request to the engine; what it raises is an answer like any other.
         cancel: ends the request.
-        encode: the data of the `completed` event, made in a thread.
         to_problem: what an error of the engine is over HTTP.
-        scale: of the previews.
+        events_of: what is sent, made in a thread.
         headers: of the response.
     """
     loop = asyncio.get_running_loop()
@@ -71,15 +107,14 @@ def event_stream(
                 progress = news.popleft()
                 if over := progress is None:
                     break
-                yield _event("progress", await run_in_threadpool(_progress, progress, scale))
+                yield await run_in_threadpool(events_of.progress, progress)
             else:
                 try:
                     await asyncio.wait_for(changed.wait(), KEEP_ALIVE_S)
                 except TimeoutError:
                     yield KEEPALIVE_COMMENT
         try:
-            result = await run_in_threadpool(lambda: encode(future.result()))
-            yield format_sse_event(event="completed", data_str=result.decode())
+            yield await run_in_threadpool(lambda: events_of.completed(future.result()))
         except EngineError as error:
             problem = to_problem(error)
         except Exception:
@@ -87,29 +122,16 @@ def event_stream(
             problem = errors.Problem("an unexpected error; the server's log has it by request id")
         else:
             return
-        yield _event("error", ProblemBody(**problem.body(request.state.request_id)))
+        yield events_of.failed(problem)
 
     return EventSourceResponse(events(), headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
 
-def _event(name: str, data: BaseModel) -> bytes:
+def event(name: str, data: BaseModel) -> bytes:
+    """One event."""
     return format_sse_event(event=name, data_str=data.model_dump_json(exclude_none=True))
 
 
 def _bytes(progress: Progress | None) -> int:
     """About what an event that waits holds."""
     return 1024 + sum(pixels.nbytes for _, pixels in progress.previews) if progress else 0
-
-
-def _progress(progress: Progress, scale: int) -> ProgressEvent:
-    previews = [
-        Preview(index=index, b64_json=b64(images.encode_png(pixels, {}, scale=scale)))
-        for index, pixels in progress.previews
-    ]
-    return ProgressEvent(
-        step=progress.step,
-        steps=progress.steps,
-        queue_position=progress.queue_position,
-        eta_s=round(progress.eta_s, 3),
-        previews=previews,
-    )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from app.access import flow_of
-from app.answers import JSON
+from app.description import json_body, problems
 from app.drawing import to_params
 from app.http import read_json
-from app.routes.common import PROBLEM, check_ready, served
-from app.routes.drawing import ACCEPTED, DRAWN, media_type_of, respond
+from app.routes.common import check_ready, served
+from app.routes.drawing import ACCEPTED, DRAWN, PARAMETERS, media_type_of, respond
 from app.schemas import GenerateRequest, GenerateResponse, parse
 
 router = APIRouter(tags=["images"])
@@ -21,12 +21,11 @@ router = APIRouter(tags=["images"])
     responses={
         200: DRAWN,
         202: ACCEPTED,
-        **dict.fromkeys((404, 406, 408, 409, 410, 413, 415, 429, 503, 504), PROBLEM),
+        **problems(404, 406, 408, 409, 410, 413, 415, 429, 503, 504),
     },
     openapi_extra={
-        "requestBody": {
-            "content": {JSON: {"schema": GenerateRequest.model_json_schema(), "example": {"label": 7, "seed": 1}}}
-        }
+        **json_body(GenerateRequest, {"label": 7, "seed": 1, "scale": 8}, required=False),
+        "parameters": PARAMETERS,
     },
 )
 async def generate(request: Request) -> Response:

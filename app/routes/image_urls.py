@@ -17,10 +17,11 @@ from starlette.concurrency import run_in_threadpool
 from app import errors
 from app.access import flow_of
 from app.answers import PNG, sheet
+from app.description import problems
 from app.drawing import to_params
 from app.engine.request import GenerateParams, ModelInfo
 from app.http import unless_gone
-from app.routes.common import PROBLEM, served
+from app.routes.common import served
 from app.routes.drawing import draw
 from app.schemas import GenerateRequest, parse_fields
 from ddpm_core import samplers
@@ -85,7 +86,11 @@ def _params(
 @router.get(
     "/images/{model}/{sampler}-{steps}/{label}/{seed}.png",
     response_class=Response,
-    responses={200: {"content": {PNG: {}}}, 304: {}, **dict.fromkeys((404, 429, 503), PROBLEM)},
+    responses={
+        200: {"content": {PNG: {"schema": {"type": "string", "format": "binary"}}}},
+        304: {},
+        **problems(404, 429, 503),
+    },
     openapi_extra={
         "parameters": [
             {"name": name, "in": "query", "schema": GenerateRequest.model_json_schema()["properties"][name]}

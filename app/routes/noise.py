@@ -7,9 +7,10 @@ from fastapi import APIRouter, Request, Response
 from app import noising
 from app.access import flow_of
 from app.answers import FORMATS, NPZ, PNG
+from app.description import problems
 from app.forms import form_schema, read_upload
 from app.http import negotiate, unless_gone
-from app.routes.common import PROBLEM, check_ready, served
+from app.routes.common import check_ready, served
 from app.schemas import NoiseRequest, NoiseResponse
 
 router = APIRouter(tags=["images"])
@@ -19,8 +20,14 @@ router = APIRouter(tags=["images"])
     "/noise",
     response_model=NoiseResponse,
     responses={
-        200: {"content": {PNG: {}, NPZ: {}}},
-        **dict.fromkeys((404, 406, 408, 413, 415, 429, 503), PROBLEM),
+        200: {
+            "content": {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in (PNG, NPZ)},
+            "headers": {
+                "X-Alpha-Bar": {"schema": {"type": "string"}, "description": "alpha_bar of each t."},
+                "X-Seed": {"schema": {"type": "string"}},
+            },
+        },
+        **problems(404, 406, 408, 413, 415, 429, 503),
     },
     openapi_extra={"requestBody": form_schema(NoiseRequest)},
 )

@@ -11,15 +11,15 @@ from starlette.concurrency import run_in_threadpool
 from app import errors
 from app.access import flow_of
 from app.answers import JSON
+from app.description import json_body, problems
 from app.drawing import to_params
 from app.engine.engine import Engine
 from app.engine.request import ModelInfo, Result
 from app.http import read_json, unless_gone
-from app.routes.common import PROBLEM, served
+from app.routes.common import served
 from app.routes.drawing import draw
 from app.schemas import GenerateRequest, parse, parse_fields
 from app.schemas_oip import (
-    PARAMETERS,
     InferenceRequest,
     InferenceResponse,
     ModelMetadata,
@@ -33,7 +33,7 @@ router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
 Model = Annotated[str, Path(description="Its name.")]
 MODEL, VERSION = "/models/{model}", "/models/{model}/versions/{version}"
-BODY = {"requestBody": {"required": True, "content": {JSON: {"schema": InferenceRequest.model_json_schema()}}}}
+EXAMPLE = {"inputs": [{"name": "seed", "shape": [2], "datatype": "INT64", "data": [1, 9]}]}
 
 
 def _served(request: Request, model: str, version: str | None) -> tuple[Engine, ModelInfo]:
@@ -46,7 +46,7 @@ async def server_metadata() -> ServerMetadata:
     return ServerMetadata(name="ddpm-service", version=__version__, extensions=[])
 
 
-@router.get(MODEL, responses=dict.fromkeys((404, 503), PROBLEM))
+@router.get(MODEL, responses=problems(404, 503))
 @router.get(VERSION, include_in_schema=False)
 async def model_metadata(request: Request, model: Model, version: str | None = None) -> ModelMetadata:
     """What a model takes and gives. Its one version is the first 12 digits of its weights' sha256."""
@@ -61,7 +61,7 @@ async def model_metadata(request: Request, model: Model, version: str | None = N
     )
 
 
-@router.get(MODEL + "/ready", response_class=Response, responses=dict.fromkeys((404, 503), PROBLEM))
+@router.get(MODEL + "/ready", response_class=Response, responses=problems(404, 503))
 @router.get(VERSION + "/ready", include_in_schema=False)
 async def model_ready(request: Request, model: Model, version: str | None = None) -> Response:
     """Whether new work for a model is welcome."""
@@ -72,8 +72,8 @@ async def model_ready(request: Request, model: Model, version: str | None = None
 @router.post(
     MODEL + "/infer",
     response_model=InferenceResponse,
-    responses=dict.fromkeys((404, 408, 409, 410, 413, 415, 429, 503, 504), PROBLEM),
-    openapi_extra=BODY,
+    responses=problems(404, 408, 409, 410, 413, 415, 429, 503, 504),
+    openapi_extra=json_body(InferenceRequest, EXAMPLE),
 )
 @router.post(VERSION + "/infer", include_in_schema=False)
 async def infer(request: Request, model: Model, version: str | None = None) -> Response:
@@ -82,10 +82,7 @@ async def infer(request: Request, model: Model, version: str | None = None) -> R
     settings = request.app.state.settings
     body = parse(await read_json(request, settings.max_json_bytes), InferenceRequest)
     seeds, labels = _tensors(body)
-    given = body.parameters or {}
-    for name in given:
-        if name not in PARAMETERS:
-            raise errors.Invalid.field("parameters", f"{name} is not known; known: {', '.join(PARAMETERS)}")
+    given = body.parameters.model_dump(exclude_unset=True) if body.parameters else {}
     fields = parse_fields({**given, "n": len(seeds), "label": labels}, GenerateRequest)
     params = to_params(fields, info, settings, request.state.request_id, flow_of(request.state))
     params = dataclasses.replace(params, seeds=tuple(seeds))

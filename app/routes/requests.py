@@ -8,10 +8,10 @@ from fastapi import APIRouter, Request, Response
 
 from app import errors
 from app.access import flow_of
+from app.description import problems
 from app.engine.engines import Engines
 from app.engine.request import GenerateParams, Progress
 from app.jobs import Jobs, Kept
-from app.routes.common import PROBLEM
 from app.schemas import ProblemBody, RequestState
 
 router = APIRouter(tags=["requests"])
@@ -64,7 +64,7 @@ def _none(request_id: str) -> errors.NotFound:
     return errors.NotFound(f"no request {request_id} is in flight, and no result of it is kept")
 
 
-@router.get(LOCATION, responses={404: PROBLEM})
+@router.get(LOCATION, responses=problems(404))
 async def request_state(request: Request, request_id: str) -> RequestState:
     """How far one's own request is, asynchronous or not."""
     kept = _kept(request, request_id)
@@ -83,7 +83,7 @@ async def request_state(request: Request, request_id: str) -> RequestState:
     response_class=Response,
     responses={
         200: {"description": "What the request itself would have answered."},
-        **dict.fromkeys((404, 409, 410, 504), PROBLEM),
+        **problems(404, 409, 410, 504),
     },
 )
 async def result(request: Request, request_id: str) -> Response:
@@ -101,7 +101,7 @@ async def result(request: Request, request_id: str) -> Response:
     return kept.response()
 
 
-@router.delete(LOCATION, status_code=204, response_class=Response, responses={404: PROBLEM})
+@router.delete(LOCATION, status_code=204, response_class=Response, responses=problems(404))
 async def cancel(request: Request, request_id: str) -> Response:
     """Ends one's own request by its X-Request-Id: its slots are free at once, whoever waits gets 410.
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from app import images
-from app.routes import capabilities, health, metrics, oip, requests
+from app.routes import capabilities, health, metrics, oip, openai, requests
 from tests.networks import save_tiny
 from tests.service.conftest import Service, assert_problem, encode_grey
 from tests.service.fuzz import T, fuzz
@@ -31,10 +31,16 @@ OTHERS = {
     "ready": ("GET", "/readyz"),
     "capabilities": ("GET", "/capabilities"),
     "server_metadata": ("GET", "/v2"),
+    "openai_models": ("GET", "/v1/models"),
+    "openai_model": ("GET", "/v1/models/tiny"),
     "model_metadata": ("GET", "/v2/models/tiny"),
     "model_ready": ("GET", "/v2/models/tiny/ready"),
 }
-POSTED = {"generate": "/generate", "infer": "/v2/models/tiny/infer"}  # as JSON
+POSTED = {  # as JSON
+    "generate": "/generate",
+    "infer": "/v2/models/tiny/infer",
+    "images_generations": "/v1/images/generations",
+}
 
 
 class Provoking:
@@ -43,6 +49,7 @@ class Provoking:
     def __init__(self, make: Callable[..., Service], hold: threading.Event, patch: pytest.MonkeyPatch) -> None:
         self.service = make(api_keys=KEY["x-api-key"], metrics_key=True, request_s=0.2, queue_slots=4, max_images=4)
         self.hold, self.patch = hold, patch
+        self.drawn = b""
         self.engine = self.service.app.state.engines.default
 
     async def ask(self, operation: str, more: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
@@ -51,10 +58,15 @@ class Provoking:
         client = self.service.client
         if operation == "generate":
             return await client.post("/generate", json={"steps": 2, **fields}, headers=headers)
+        if operation == "images_generations":
+            return await client.post(POSTED[operation], json={"prompt": "7", "steps": 2, **fields}, headers=headers)
         if operation == "infer":
             seed = {"name": "seed", "shape": [1], "datatype": "INT64", "data": [1]}
             body = {"inputs": [seed], "parameters": {"steps": 2, **fields}}
             return await client.post(POSTED[operation], json=body, headers=headers)
+        if operation == "verify":
+            drawn = fields.pop("image_content", None) or await self.picture()
+            return await client.post("/verify", files={"image": ("x", drawn)}, headers=headers)
         if operation in ("denoise", "noise"):
             data = (
                 {"t": "9"} | ({"steps": "2"} if operation == "denoise" else {}) | {k: str(v) for k, v in fields.items()}
@@ -63,6 +75,12 @@ class Provoking:
             return await client.post(f"/{operation}", files=files, data=data, headers=headers)
         method, path = OTHERS[operation]
         return await client.request(method, path, headers=headers)
+
+    async def picture(self) -> bytes:
+        """One that the service drew."""
+        if not self.drawn:
+            self.drawn = (await self.ask("generate", {"accept": "image/png"})).content
+        return self.drawn
 
     async def ok(self, operation: str) -> httpx.Response:
         return await self.ask(operation)
@@ -82,11 +100,13 @@ class Provoking:
 
         with self.patch.context() as patch:
             patch.setattr(images, "encode_png", fail)
+            patch.setattr(images.Upload, "facts", fail)
             patch.setattr(health, "_of_model", fail)
             patch.setattr(capabilities, "of_model", fail)
             for metadata in ("OutputTensor", "ServerMetadata", "TensorMetadata"):
                 patch.setattr(oip, metadata, fail)
             patch.setattr(oip, "Response", fail)
+            patch.setattr(openai, "OpenAIModel", fail)
             patch.setattr(metrics, "choose_encoder", fail)
             patch.setattr(requests, "flow_of", fail)
             patch.setattr(health, "Response", fail)
@@ -200,11 +220,11 @@ class Provoking:
     async def not_found(self, operation: str) -> httpx.Response:
         if operation in ("cancel", "request_state", "result"):
             return await self.ask(operation)
-        if operation in ("generate", "denoise", "noise"):
+        if operation in ("generate", "denoise", "noise", "images_generations"):
             return await self.ask(operation, model="another")
         if operation == "infer":
             return await self.service.client.post("/v2/models/another/infer", headers=KEY)
-        if operation in ("model_metadata", "model_ready"):
+        if operation in ("model_metadata", "model_ready", "openai_model"):
             return await self.service.client.get(OTHERS[operation][1].replace("tiny", "another"), headers=KEY)
         return await self.service.client.get("/images/another/ddim-2/7/1.png", headers=KEY)
 
@@ -249,11 +269,18 @@ HOW: dict[str, dict[int, How]] = {
         **ALWAYS, 404: P.not_found, 406: P.not_acceptable, 408: P.too_slow, 413: P.too_large,
         415: P.another_type, 429: P.uploads_full, 503: P.unavailable,
     },
+    "images_generations": {status: how for status, how in DRAWN.items() if status != 406},
+    "openai_models": {**ALWAYS, 503: P.unavailable},
+    "openai_model": {**ALWAYS, 404: P.not_found, 503: P.unavailable},
     "infer": {status: how for status, how in DRAWN.items() if status != 406},
     "capabilities": {**ALWAYS, 503: P.unavailable},
     "server_metadata": ALWAYS,
     "model_metadata": {**ALWAYS, 404: P.not_found, 503: P.unavailable},
     "model_ready": {**ALWAYS, 404: P.not_found, 503: P.unavailable},
+    "verify": {
+        **ALWAYS, 408: P.too_slow, 409: P.in_flight, 410: P.cancelled, 413: P.too_large, 415: P.another_type,
+        429: P.uploads_full, 503: P.unavailable,
+    },
     "cancel": {204: P.cancels, 401: P.unauthorized, 404: P.not_found, 422: P.invalid, 500: P.broken},
     "health": {**ALWAYS, 503: P.unavailable},
     "metrics": ALWAYS,
@@ -293,7 +320,14 @@ def test_every_status_is_as_described(provoking: Provoking, operation: str) -> N
             assert response.headers["content-type"].partition(";")[0] in kinds
         if "application/problem+json" in kinds and response.headers["content-type"] == "application/problem+json":
             assert_problem(response, status)
-        if status in (429, 503) and operation in ("generate", "denoise", "image", "noise", "infer"):
+        if status in (429, 503) and operation in (
+            "generate",
+            "denoise",
+            "image",
+            "noise",
+            "infer",
+            "images_generations",
+        ):
             assert int(response.headers["retry-after"]) >= 1
         for name in told[status].get("headers", {}):
             assert name in response.headers

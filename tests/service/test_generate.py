@@ -402,8 +402,3 @@ def test_a_bug_is_a_problem_that_the_log_has_by_its_id(
     assert response.headers["x-request-id"] == "my-id"
     assert "secret" not in response.text
     assert any("my-id" in record.getMessage() for record in caplog.records)
-
-
-def test_the_limit_of_n_stands_in_the_api_description(service: Service) -> None:
-    body = service.request("GET", "/openapi.json").json()["paths"]["/generate"]["post"]["requestBody"]
-    assert body["content"]["application/json"]["schema"]["properties"]["n"]["maximum"] == 64

@@ -13,7 +13,8 @@ import pytest
 from pydantic import ValidationError
 
 from app.settings import Settings
-from ddpm_core.checkpoint import WEIGHTS_NAME, sha256_of
+from ddpm_core import hub
+from ddpm_core.checkpoint import WEIGHTS_NAME, CheckpointError, sha256_of
 from tests.networks import save_tiny
 from tests.service.conftest import Service, assert_problem, encode_grey, pixels
 from tests.service.process import refused_start
@@ -151,6 +152,16 @@ def test_settings_of_several_models_that_do_not_fit_are_refused(model_dir: Path,
         Settings(models=(str(model_dir), "other"), model_sha256=("0" * 12,))
 
 
+def test_the_default_model_is_never_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (model,) = Settings().served
+    with pytest.raises(CheckpointError, match="it is no owner/name"):
+        hub.locate(model)
+    assert Settings(model="weights/mnist").served == ("weights/mnist",)  # who says so means it
+
+
 # The Open Inference Protocol
 
 
@@ -207,7 +218,7 @@ def test_inference_draws_the_same_pixels_as_generate(two: Service) -> None:
         ({"inputs": [tensor("image", 1)]}, "inputs"),
         ({"inputs": [tensor("seed", 1), tensor("label", 10)]}, "label"),
         ({"inputs": [tensor("seed", 1)], "parameters": {"cheese": 1}}, "parameters"),
-        ({"inputs": [tensor("seed", 1)], "parameters": {"steps": 0}}, "steps"),
+        ({"inputs": [tensor("seed", 1)], "parameters": {"steps": 0}}, "parameters"),
         ({"inputs": [tensor("seed", *range(65))]}, "n"),
     ],
 )

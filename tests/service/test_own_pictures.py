@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,11 @@ def test_a_model_of_ones_own_pictures_draws_them_in_colour(service: Service) -> 
         assert grid.shape == (3 * 18 - 2, 3 * 18 - 2, 3)
         redness[label] = (grid[..., 0] - grid[..., 2]).mean()
     assert redness[DISCS] > 0 > redness[SQUARES]
+
+    (capable,) = service.request("GET", "/capabilities").json()["models"]
+    assert capable["class_names"] == ["discs", "squares"]
+    asked = service.request("POST", "/v1/images/generations", json={"prompt": "a red disc", "seed": 1}).json()
+    assert base64.b64decode(asked["data"][0]["b64_json"]) == response.content
 
     photo = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40), dtype=np.uint8)), "JPEG")
     for kind in ("model", "none"):
