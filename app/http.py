@@ -126,6 +126,12 @@ def negotiate(request: Request, offered: Sequence[str]) -> str:
     return best
 
 
+def unchanged(request: Request, etag: str) -> bool:
+    """If-None-Match (RFC 9110, section 13.1.2): `*`, or a list in which weak and strong are alike."""
+    given = ", ".join(request.headers.getlist("if-none-match"))
+    return given.strip() == "*" or etag in re.findall(r'"[^"]*"', given)
+
+
 async def _body(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     """The body as it comes; too many bytes end it on the wire, whatever Content-Length said.
 

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import hashlib
 import logging
-import re
 import uuid
 from collections.abc import Callable, Coroutine
 from typing import Annotated, get_args
@@ -16,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app import errors
 from app.engine.request import GenerateParams, ModelInfo
-from app.http import unless_gone
+from app.http import unchanged, unless_gone
 from app.routes.common import PNG, PROBLEM, served
 from app.routes.drawing import draw, encode_sheet, to_params
 from app.schemas import GenerateRequest, parse_fields
@@ -116,11 +115,6 @@ async def image(
     fixed = model == info.id and params.sampler != samplers.LEARNED  # its plans may be fitted anew
     pinned = fixed and engine.exactness is not None and engine.exactness.exact
     headers = {"ETag": etag, "Cache-Control": FOREVER if pinned else "no-cache", "X-Model": info.id}
-    if _matches(", ".join(request.headers.getlist("if-none-match")), etag):
+    if unchanged(request, etag):
         return Response(status_code=304, headers=headers)
     return Response(png, media_type=PNG, headers=headers)
-
-
-def _matches(if_none_match: str, etag: str) -> bool:
-    """RFC 9110, section 13.1.2: `*`, or a list in which weak and strong are alike."""
-    return if_none_match.strip() == "*" or etag in re.findall(r'"[^"]*"', if_none_match)
