@@ -32,7 +32,7 @@ from starlette.requests import ClientDisconnect
 log = logging.getLogger("app")
 
 MEDIA_TYPE = "application/problem+json"
-SECURITY_HEADERS = {  # nothing that is sent here is a page, but for /docs, which says so itself
+SECURITY_HEADERS = {  # nothing that is sent here is a page, but for / and /docs, which say so themselves
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",

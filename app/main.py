@@ -21,7 +21,7 @@ from app.engine.engines import Engines
 from app.engine.runner import Runner
 from app.http import Outermost
 from app.metrics import Metrics
-from app.routes import capabilities, denoise, docs, generate, health, image_urls, metrics, noise, oip, requests
+from app.routes import capabilities, denoise, docs, generate, health, image_urls, metrics, noise, oip, page, requests
 from app.routes.common import PROBLEM
 from app.settings import Settings
 from app.uploads import Uploads
@@ -76,6 +76,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for router in (health.router, metrics.router):
         app.include_router(router, **(with_key if settings.metrics_key else {}))
     app.include_router(health.probes)
+    if settings.page:
+        app.include_router(page.router)
     if settings.docs:
         app.include_router(docs.router)
         schema = app.openapi()["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
