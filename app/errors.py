@@ -37,7 +37,7 @@ from app.media_types import PROBLEM
 log = logging.getLogger("app")
 
 MEDIA_TYPE = PROBLEM
-SECURITY_HEADERS = {  # nothing that is sent here is a page, but for /docs, which says so itself
+SECURITY_HEADERS = {  # nothing that is sent here is a page, but for / and /docs, which say so themselves
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",

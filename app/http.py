@@ -127,6 +127,12 @@ def negotiate(request: Request, offered: Sequence[str]) -> str:
     return best
 
 
+def unchanged(request: Request, etag: str) -> bool:
+    """If-None-Match (RFC 9110, section 13.1.2): `*`, or a list in which weak and strong are alike."""
+    given = ", ".join(request.headers.getlist("if-none-match"))
+    return given.strip() == "*" or etag in re.findall(r'"[^"]*"', given)
+
+
 @dataclasses.dataclass(frozen=True)
 class Preference:
     """What Prefer says (RFC 7240)."""

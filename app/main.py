@@ -35,6 +35,7 @@ from app.routes import (
     noise,
     oip,
     openai,
+    page,
     requests,
     verify,
 )
@@ -98,6 +99,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for router in (health.router, metrics.router):
         app.include_router(router, **(with_key if settings.metrics_key else {}))
     app.include_router(health.probes)
+    if settings.page:
+        app.include_router(page.router)
     if settings.docs:
         app.include_router(docs.router)
         complete(app.openapi(), settings)

@@ -103,6 +103,7 @@ class Settings(BaseSettings):
         (), description="Origins whose pages may call from a browser, comma-separated, or *; empty: none."
     )
     docs: bool = Field(True, description="Whether /docs and /openapi.json are there.")
+    page: bool = Field(True, description="Whether the page at / is there.")
     drain_s: float = Field(60.0, ge=0, le=86_400, description="Seconds that accepted work has to finish after SIGTERM.")
 
     @property

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import hashlib
 import logging
-import re
 import uuid
 from collections.abc import Callable, Coroutine
 from typing import Annotated, get_args
@@ -20,7 +19,7 @@ from app.answers import PNG, sheet
 from app.description import problems
 from app.drawing import to_params
 from app.engine.request import GenerateParams, ModelInfo
-from app.http import unless_gone
+from app.http import unchanged, unless_gone
 from app.routes.common import served
 from app.routes.drawing import draw
 from app.schemas import GenerateRequest, parse_fields
@@ -124,11 +123,6 @@ async def image(
     fixed = model == info.id and params.sampler != samplers.LEARNED  # its plans may be fitted anew
     pinned = fixed and engine.exactness is not None and engine.exactness.exact
     headers = {"ETag": etag, "Cache-Control": FOREVER if pinned else "no-cache", "X-Model": info.id}
-    if _matches(", ".join(request.headers.getlist("if-none-match")), etag):
+    if unchanged(request, etag):
         return Response(status_code=304, headers=headers)
     return Response(png, media_type=PNG, headers=headers)
-
-
-def _matches(if_none_match: str, etag: str) -> bool:
-    """RFC 9110, section 13.1.2: `*`, or a list in which weak and strong are alike."""
-    return if_none_match.strip() == "*" or etag in re.findall(r'"[^"]*"', if_none_match)

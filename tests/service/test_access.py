@@ -24,8 +24,14 @@ from tests.service.process import Server, server, until
 ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"
 KEYS = f"{ALICE}, {BOB}"
 OPEN = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
+PAGE = {"/", "/web/main.js"}  # it asks for a key itself
 WATCHING = {"/health", "/metrics"}
 DOCS = {"/docs", "/openapi.json"}
+
+PARAMETERS = {
+    "model": "tiny", "version": "1", "sampler": "ddim", "steps": 1, "label": 1, "seed": 1, "request_id": "x",
+    "name": "main.js",
+}  # fmt: skip
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -41,7 +47,7 @@ def routes() -> list[tuple[str, str]]:
         id(value): value for module in modules for value in vars(module).values() if isinstance(value, APIRouter)
     }
     return sorted(
-        (method, route.path.format(model="tiny", version="1", sampler="ddim", steps=1, label=1, seed=1, request_id="x"))
+        (method, route.path.format(**PARAMETERS))
         for router in routers.values()
         for route in router.routes
         if isinstance(route, APIRoute)
@@ -55,7 +61,7 @@ def test_without_a_key_nothing_but_probes_answers(make_service: Callable[..., Se
     for method, path in routes():
         for headers in ({}, bearer("wrong-0123456789abcdef"), {"x-api-key": ALICE[:-1]}, {"authorization": ALICE}):
             response = service.request(method, path, headers=headers)
-            if path in OPEN | DOCS:
+            if path in OPEN | PAGE | DOCS:
                 assert response.status_code == 200
             else:
                 assert response.status_code == 401
@@ -64,7 +70,7 @@ def test_without_a_key_nothing_but_probes_answers(make_service: Callable[..., Se
     refused = service.app.state.engines.default.metrics.registry.get_sample_value(
         "ddpm_refused_total", {"reason": "unauthorized"}
     )
-    assert refused == 4 * sum(path not in OPEN | DOCS for _, path in routes())
+    assert refused == 4 * sum(path not in OPEN | PAGE | DOCS for _, path in routes())
 
 
 @pytest.mark.parametrize("headers", [bearer(ALICE), {"authorization": f"bearer {BOB}"}, {"x-api-key": BOB}])
