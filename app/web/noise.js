@@ -92,6 +92,7 @@ export class Noise extends EventTarget {
 
   /** Fetches what the slider passes over, all at once, and what it stands at. */
   async #refresh() {
+    if (!this.model) return; // configure() comes back to it
     this.#frames.clear();
     this.slider.disabled = false;
     this.section.classList.toggle("blank", this.blank);
