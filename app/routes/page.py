@@ -1,4 +1,4 @@
-"""GET /: the page, for people. Nothing is built: its files lie in app/web, and are sent without their comments."""
+"""GET /: the page, for people. Nothing is built: its files are sent as they lie in app/web."""
 
 from __future__ import annotations
 
@@ -25,9 +25,6 @@ POLICY = (  # nothing inline, nothing from another host, and nobody's frame
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-FOR_READERS = re.compile(
-    rb"^[ \t]*/\*.*?\*/\n|^[ \t]+", re.MULTILINE | re.DOTALL
-)  # comments of whole lines, indentation
 DOCS_LINK = re.compile(rb"\s*<a [^>]*href=\"docs\".*?</a>")
 
 
@@ -37,8 +34,7 @@ class _File(NamedTuple):
     etag: str
 
 
-def _file(source: bytes, media_type: str) -> _File:
-    content = FOR_READERS.sub(b"", source)
+def _file(content: bytes, media_type: str) -> _File:
     return _File(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
