@@ -62,6 +62,12 @@ def _columns(params: GenerateParams) -> int:
     return math.ceil(math.sqrt(params.slots))
 
 
+def sheet_shape(params: GenerateParams, info: ModelInfo) -> tuple[int, int]:
+    """(H, W) of a picture of all images."""
+    _, height, width = info.image_shape
+    return images.grid_shape(params.slots, _columns(params), height, width)
+
+
 def sheet(result: Result, params: GenerateParams, info: ModelInfo, scale: int) -> bytes:
     """One PNG of all images; of several a grid, whose text chunk lists the facts of each."""
     if params.slots == 1:
@@ -102,9 +108,9 @@ def _frames(result: Result) -> Frames:
     return result.frames
 
 
-def _pictures(result: Result, params: GenerateParams) -> list[Pixels]:
-    """x of every frame as pixels, clamped; of several images a grid."""
-    shown = [to_pixels(x) for x in _frames(result).x]
+def pictures(result: Result, params: GenerateParams) -> list[Pixels]:
+    """What is shown: x of every frame as pixels, clamped, or the images alone; of several a grid."""
+    shown = [to_pixels(x) for x in _frames(result).x] if params.frames else [result.images]
     return [x[0] if params.slots == 1 else images.grid(list(x), _columns(params)) for x in shown]
 
 
@@ -112,12 +118,12 @@ def apng(result: Result, params: GenerateParams, info: ModelInfo, scale: int) ->
     """An animated PNG, without loss; its text chunk holds what a still one's does, and the steps of the frames."""
     of_images = facts(params, info)
     told = {**of_images[0]} if params.slots == 1 else {"images": of_images}
-    return images.encode_apng(_pictures(result, params), {**told, "frames": _frames(result).steps}, scale=scale)
+    return images.encode_apng(pictures(result, params), {**told, "frames": _frames(result).steps}, scale=scale)
 
 
 def webp(result: Result, params: GenerateParams, info: ModelInfo, scale: int) -> bytes:
     """An animated WebP, without loss."""
-    return images.encode_webp(_pictures(result, params), scale=scale)
+    return images.encode_webp(pictures(result, params), scale=scale)
 
 
 def npz(result: Result, params: GenerateParams, info: ModelInfo, scale: int) -> bytes:

@@ -79,9 +79,9 @@ def to_params(
     except ValueError as error:
         raise _of_plan(error) from None
     frames = _moments(body.frames, steps)
-    if (kept := kept_bytes(body.n * len(frames), info)) > settings.frame_bytes:
+    if (kept := kept_bytes(body.n * len(frames), info)) > settings.frame_bytes_of_key:
         raise errors.Invalid.field(
-            "frames", f"{kept:,} bytes of x and x_0_hat are over the limit of {settings.frame_bytes:,}"
+            "frames", f"{kept:,} bytes of x and x_0_hat are over the limit of {settings.frame_bytes_of_key:,}"
         )
     seed = random_seed(body.n) if body.seed is None else body.seed
     return GenerateParams(

@@ -9,6 +9,7 @@ Problem              status   when
   UnsupportedMedia   415      a body of another media type
   QueueFull          429      more images asked for than the queue takes now; Retry-After
   UploadsFull        429      more uploads at once than are taken; Retry-After
+  JobsFull           429      more asynchronous requests at once than are taken; Retry-After
   FramesFull         429      more frames of chains at once than are kept; Retry-After
   Unavailable        503      starting, draining or failed; Retry-After
   InFlight           409      this X-Request-Id is being served, or its result is kept
@@ -131,6 +132,10 @@ class Full(Problem):
 
 class UploadsFull(Full):
     slug, reason = "uploads-full", "uploads_full"
+
+
+class JobsFull(Full):
+    slug, reason = "jobs-full", "jobs_full"
 
 
 class FramesFull(Full):

@@ -86,13 +86,18 @@ def _durations(frames: int) -> list[int]:
 
 def grid(images: Sequence[Pixels], columns: int) -> Pixels:
     """Lays images of one shape out in rows of `columns`, white between them."""
-    c, h, w = images[0].shape
-    rows, pad = -(-len(images) // columns), GRID_PAD
-    canvas = np.full((c, rows * (h + pad) - pad, columns * (w + pad) - pad), 255, np.uint8)
+    (c, h, w), pad = images[0].shape, GRID_PAD
+    canvas = np.full((c, *grid_shape(len(images), columns, h, w)), 255, np.uint8)
     for i, image in enumerate(images):
         top, left = i // columns * (h + pad), i % columns * (w + pad)
         canvas[:, top : top + h, left : left + w] = image
     return canvas
+
+
+def grid_shape(number: int, columns: int, height: int, width: int) -> tuple[int, int]:
+    """(H, W) of a grid of so many images."""
+    rows, pad = -(-number // columns), GRID_PAD
+    return rows * (height + pad) - pad, columns * (width + pad) - pad
 
 
 class Upload:
@@ -100,36 +105,39 @@ class Upload:
 
     Args:
         content: the file. Its format is read from its bytes, never from its name.
-        max_pixels: refused above this.
+        max_pixels: refused above this, of all frames that are to be looked at.
+        formats: that are read.
+        all_frames: or the first alone.
 
     Raises:
         BadImage: no image of a supported format. TooManyPixels: too large.
     """
 
-    def __init__(self, content: bytes, max_pixels: int) -> None:
-        self._max_pixels, self._told = max_pixels, functools.partial(_damage_told, max_pixels)
+    def __init__(
+        self, content: bytes, max_pixels: int, formats: tuple[str, ...] = FORMATS, *, all_frames: bool = False
+    ) -> None:
+        self._told = functools.partial(_damage_told, max_pixels)
         with self._told():
-            self._file = Image.open(io.BytesIO(content), formats=FORMATS)
-        width, height = self._file.size
-        self.pixels = width * height
+            self._file = Image.open(io.BytesIO(content), formats=formats)
+            self.n_frames: int = getattr(self._file, "n_frames", 1) if all_frames else 1
+        self.size = width, height = self._file.size
+        self.pixels = width * height * self.n_frames
         if self.pixels > max_pixels:
-            raise TooManyPixels(f"{width} x {height} pixels are over the limit of {max_pixels:,}: send a smaller image")
+            of_frames = f" of {self.n_frames} frames" if self.n_frames > 1 else ""
+            what = f"{width} x {height} pixels{of_frames}"
+            raise TooManyPixels(f"{what} are over the limit of {max_pixels:,}: send a smaller image")
         if content.startswith(JPEG_MAGIC) and (scans := content.count(START_OF_SCAN)) > MAX_SCANS:
             raise BadImage(f"{scans} scans are over the limit of {MAX_SCANS}: save the image as a baseline JPEG")
 
     def facts(self) -> str | None:
-        """What it says of how it was made: the text chunk "ddpm" of a PNG."""
-        with self._told():
-            text = getattr(self._file, "text", {}).get("ddpm")
+        """What it says of how it was made: the text chunk "ddpm" of a PNG, before the pixels as ours is."""
+        text = self._file.info.get("ddpm")
         return None if text is None else str(text)
 
-    def frames(self) -> list[Pixels]:
-        """The pixels of every frame, as decode() has them. Raises BadImage: damaged. TooManyPixels: of all frames."""
-        number = getattr(self._file, "n_frames", 1)
-        if number * self.pixels > self._max_pixels:
-            raise TooManyPixels(f"{number} frames of {self.pixels:,} pixels are over the limit of {self._max_pixels:,}")
+    def frame(self, index: int) -> Pixels:
+        """The pixels of one frame, as decode() has them. Raises BadImage: damaged."""
         with self._told():
-            return [to_pixels(upright_8_bit(self._file, frame)) for frame in range(number)]
+            return to_pixels(upright_8_bit(self._file, index))
 
     def decode(self, fit: tuple[int, int, int] | None) -> Pixels:
         """The pixels: EXIF rotation applied, first frame, alpha dropped, palette to RGB, 16 to 8 bit.

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Coroutine, Mapping
 
+import anyio
 from fastapi import Response
 
 from app import errors
@@ -43,6 +44,7 @@ class Kept:
     answer: Answer | None = None  # of one that has ended: this or the next
     problem: errors.Problem | None = None
     fetched: bool = False
+    expiry: asyncio.TimerHandle | None = None
 
     def response(self) -> Response:
         """Of one that has ended. Raises its problem."""
@@ -62,10 +64,23 @@ class Jobs:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._most, self._most_bytes, self.seconds = settings.jobs, settings.job_bytes, settings.job_s
+        self._most_of_flow = max(1, settings.jobs // 2) if len(settings.keys) > 1 else settings.jobs
+        self._refused = metrics.refused.labels(errors.JobsFull.reason)
+        self.encoders = anyio.CapacityLimiter(2)  # nobody waits for these: whoever is waited for has all other threads
         self._by_key: dict[str, Kept] = {}  # the oldest first
         self._tasks: dict[Kept, asyncio.Task[None]] = {}
         metrics.jobs.set_function(lambda: len(self._by_key))
         metrics.job_bytes.set_function(lambda: self._bytes)
+
+    def check_room(self, flow: str) -> None:
+        """Raises JobsFull where so many have not ended."""
+        unfinished = [kept.params.flow for kept in self._tasks]
+        if len(unfinished) >= self._most or unfinished.count(flow) >= self._most_of_flow:
+            self._refused.inc()
+            raise errors.JobsFull(
+                f"{len(unfinished)} of {self._most} asynchronous requests have not ended: try again later",
+                headers={"Retry-After": "1"},
+            )
 
     def add(self, engine: Engine, params: GenerateParams, work: Coroutine[None, None, Answer]) -> Kept:
         """Keeps a request that an engine has accepted; `work` waits for its end."""
@@ -81,6 +96,8 @@ class Jobs:
         """Forgets one that has ended."""
         if self._by_key.get(kept.params.key) is kept:
             del self._by_key[kept.params.key]
+        if kept.expiry is not None:
+            kept.expiry.cancel()  # it would keep the result alive
 
     @property
     def settled(self) -> bool:
@@ -116,8 +133,9 @@ class Jobs:
         finally:
             del self._tasks[kept]
         kept.ended = time.time()
-        self._make_room()
-        asyncio.get_running_loop().call_later(self.seconds, self.remove, kept)
+        if self.find(kept.params.key) is kept:  # nobody has deleted it meanwhile
+            kept.expiry = asyncio.get_running_loop().call_later(self.seconds, self.remove, kept)
+            self._make_room()
 
     @property
     def _bytes(self) -> int:

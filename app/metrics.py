@@ -11,6 +11,7 @@ WAIT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 REFUSALS = (
     "queue_full", "queue_long", "key_full", "deadline", "duplicate_id", "not_ready", "uploads_full", "frames_full",
+    "jobs_full",
     "unauthorized", "connections",
 )  # fmt: skip
 RATIO = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4, 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from app.engine.request import ModelInfo
@@ -16,17 +17,14 @@ ANY = ("any", "anything", "random", "surprise")
 
 
 def label_of(prompt: str, info: ModelInfo) -> int | None:
-    """The one label that a prompt names, by its number ("7", "seven") or its class's name; None for "any".
+    """The one label that a prompt names, by its class's name or its number ("7", "seven"); None for "any".
 
     Raises:
         Invalid: it names none, or several; the message says what is understood.
     """
-    text = " ".join(re.findall(WORD, prompt.casefold()))
-    found = {
-        label
-        for label in range(info.num_classes)
-        if any(re.search(rf"\b{re.escape(name)}s?\b", text) for name in _names(label, info))
-    }
+    text = _plain(prompt)
+    names, numbers = _names(info.class_names), _numbers(info.num_classes)
+    found = _found(text, names) or _found(text, numbers)
     if len(found) == 1:
         return found.pop()
     if not found and info.unlabelled and any(word in text.split() for word in ANY):
@@ -35,12 +33,40 @@ def label_of(prompt: str, info: ModelInfo) -> int | None:
     raise Invalid.field("prompt", f"{prompt[:64]!r} {what}. {understood(info)}")
 
 
-def _names(label: int, info: ModelInfo) -> list[str]:
-    """What a label may be called, in the form that a prompt is looked through in."""
-    names = [str(label), *NUMBERS[label : label + 1]]
-    if info.class_names:
-        names.append(" ".join(re.findall(WORD, info.class_names[label].casefold())))
-    return [name.removesuffix("s") or name for name in names if name]
+def _plain(text: str) -> str:
+    """Words alone, in lower case."""
+    return " ".join(re.findall(WORD, text.casefold()))
+
+
+Names = tuple[tuple[re.Pattern[str], int], ...]
+
+
+@functools.lru_cache(maxsize=8)
+def _names(class_names: tuple[str, ...]) -> Names:
+    """Of classes, the longest first: a hot dog is no dog."""
+    plain = [(_plain(name), label) for label, name in enumerate(class_names)]
+    by_length = sorted(((name.removesuffix("s") or name, label) for name, label in plain if name), key=_length)
+    return tuple((re.compile(rf"\b{re.escape(name)}s?\b"), label) for name, label in by_length)
+
+
+@functools.lru_cache(maxsize=8)
+def _numbers(num_classes: int) -> Names:
+    words = [(word, label) for label in range(num_classes) for word in (str(label), *NUMBERS[label : label + 1])]
+    return tuple((re.compile(rf"\b{word}s?\b"), label) for word, label in words)
+
+
+def _length(named: tuple[str, int]) -> int:
+    return -len(named[0])
+
+
+def _found(text: str, names: Names) -> set[int]:
+    """The labels that a text names; what one name took is not looked at again."""
+    found = set()
+    for pattern, label in names:
+        text, times = pattern.subn("|", text)
+        if times:
+            found.add(label)
+    return found
 
 
 def understood(info: ModelInfo) -> str:

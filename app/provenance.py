@@ -7,19 +7,17 @@ gives the same pixels.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app import answers, images
-from app.drawing import to_params
+from app.drawing import kept_bytes, to_params
 from app.engine.request import GenerateParams, ModelInfo, Result
 from app.errors import Invalid
-from app.schemas import GenerateRequest, parse_fields
+from app.schemas import MOST_SCALE, GenerateRequest, parse_fields
 from app.settings import Settings
 from ddpm_core import samplers
 from ddpm_core.image_files import Pixels
@@ -33,9 +31,8 @@ class CannotTell(Exception):
 class ImageFacts(BaseModel):
     """Of one image, as answers.facts() writes them."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, protected_namespaces=())
 
-    model: str
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     sampler: str
     steps: int
@@ -52,7 +49,7 @@ class Claim:
     """What a picture claims: its images, and the moments of their chains where it is an animation."""
 
     images: tuple[ImageFacts, ...]
-    frames: tuple[int, ...] | None
+    frames: tuple[int, ...]
 
     @classmethod
     def of(cls, text: str | None) -> Claim:
@@ -69,12 +66,12 @@ class Claim:
             if listed and all("seed" in one and "sampler" not in one for one in listed):
                 raise CannotTell("it is an image of somebody's, noised: without that image nobody can tell")
             found = tuple(ImageFacts.model_validate(one) for one in listed)
-            frames = told.get("frames")
-            if not found or not (frames is None or (frames and all(type(step) is int for step in frames))):
-                raise ValueError("no images")
-        except (ValueError, TypeError, AttributeError, ValidationError):
+            frames = tuple(told.get("frames", ()))
+            if not found or ("frames" in told and not frames) or any(type(step) is not int for step in frames):
+                raise ValueError("not ours")
+        except (ValueError, TypeError, AttributeError, RecursionError, ValidationError):
             raise Invalid.field("image", "its text chunk `ddpm` is not one that this service writes") from None
-        return cls(found, None if frames is None else tuple(frames))
+        return cls(found, frames)
 
     def params(self, info: ModelInfo, settings: Settings, request_id: str, flow: str) -> GenerateParams:
         """The request that would draw it.
@@ -98,9 +95,11 @@ class Claim:
             "steps": first.steps, "eta": first.eta, "guidance_scale": scales.pop(),
         }  # fmt: skip
         params = to_params(parse_fields(asked, GenerateRequest), info, settings, request_id, flow)
-        if self.frames is not None and self.frames != tuple(sorted({*self.frames} & {*range(params.steps + 1)})):
+        if self.frames != tuple(sorted({*self.frames} & {*range(params.steps + 1)})):
             raise Invalid.field("image", "its frames are not moments of its chain")
-        return dataclasses.replace(params, seeds=tuple(one.seed for one in self.images), frames=self.frames or ())
+        if kept_bytes(params.slots * len(self.frames), info) > settings.frame_bytes_of_key:
+            raise Invalid.field("image", "it has more frames than a request may ask for here")
+        return dataclasses.replace(params, seeds=tuple(one.seed for one in self.images), frames=self.frames)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,30 +110,46 @@ class Difference:
     largest: int  # of any colour, 0 .. 255
 
 
-def scale_of(shown: Sequence[Pixels], params: GenerateParams, info: ModelInfo) -> int:
-    """How many times a picture is enlarged. Raises CannotTell where it is no multiple of what its images take."""
-    _, height, width = info.image_shape
-    columns = math.ceil(math.sqrt(params.slots))
-    rows = -(-params.slots // columns)
-    gap = images.GRID_PAD
-    own = (rows * (height + gap) - gap, columns * (width + gap) - gap)
-    found = shown[0].shape[1:]
-    scale = int(found[0]) // own[0]
-    if not scale or found != (own[0] * scale, own[1] * scale):
-        raise CannotTell(f"it is {found[1]} x {found[0]} pixels, no multiple of {own[1]} x {own[0]}: it was changed")
+def scale_of(upload: images.Upload, params: GenerateParams, info: ModelInfo) -> int:
+    """How many times a picture is enlarged, by its header.
+
+    Raises:
+        CannotTell: it is no multiple of what its images take, or has more frames than it says.
+    """
+    height, width = answers.sheet_shape(params, info)
+    found_width, found_height = upload.size
+    scale = found_height // height
+    if not 1 <= scale <= MOST_SCALE or (found_height, found_width) != (height * scale, width * scale):
+        raise CannotTell(
+            f"it is {found_width} x {found_height} pixels, no multiple of {width} x {height} up to {MOST_SCALE} times: "
+            "it was changed"
+        )
+    if upload.n_frames > max(1, len(params.frames)):
+        raise CannotTell(f"it has {upload.n_frames} frames, more than it says: it was changed")
     return scale
 
 
-def compare(shown: Sequence[Pixels], result: Result, params: GenerateParams, info: ModelInfo, scale: int) -> Difference:
-    """A picture's frames, (C, H, W) each, and those of what was drawn anew."""
-    encode = answers.apng if params.frames else answers.sheet
-    drawn = images.Upload(encode(result, params, info, scale), 2**31).frames()
-    if len(drawn) != len(shown) or drawn[0].shape != shown[0].shape:
-        raise CannotTell("it has other frames or colours than what it says: it was changed")
-    apart = [np.abs(a.astype(np.int16) - b).max(axis=0) for a, b in zip(shown, drawn, strict=True)]
-    return Difference(int(sum((one > 0).sum() for one in apart)), int(max(one.max() for one in apart)))
+def compare(upload: images.Upload, result: Result, params: GenerateParams, scale: int) -> Difference:
+    """A picture's frames and those that were drawn anew, one at a time.
+
+    Raises:
+        CannotTell: they are not alike in number or colours. BadImage: it is damaged.
+    """
+    drawn = [next(same) for _, same in itertools.groupby(answers.pictures(result, params), lambda one: one.tobytes())]
+    if len(drawn) != upload.n_frames:  # equal ones that follow each other are one in a file
+        raise CannotTell(f"it has {upload.n_frames} frames, not {len(drawn)}: it was changed")
+    pixels = largest = 0
+    for index, picture in enumerate(drawn):
+        apart = _apart(upload.frame(index), picture, scale)
+        pixels, largest = pixels + int((apart > 0).sum()), max(largest, int(apart.max()))
+    return Difference(pixels, largest)
 
 
-def told(facts: Claim) -> list[dict[str, Any]]:
-    """The facts, as JSON."""
-    return [one.model_dump(exclude_none=False) for one in facts.images]
+def _apart(shown: Pixels, drawn: Pixels, scale: int) -> Pixels:
+    """How far each pixel is, by the colour that is farthest; (H, W)."""
+    if len(shown) != len(drawn):
+        raise CannotTell("it has other colours than what it says: it was changed")
+    enlarged = drawn.repeat(scale, axis=1).repeat(scale, axis=2)
+    apart: Pixels = np.maximum(shown, enlarged) - np.minimum(shown, enlarged)
+    out: Pixels = apart.max(axis=0)
+    return out

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from app.errors import Invalid
 from ddpm_core.noise import MAX_SEED
 
+MOST_SCALE = 16
 Label = Annotated[int, Field(ge=0)]
 
 
@@ -57,7 +58,7 @@ class GenerateRequest(Sampling):
     seed: Annotated[
         int | None, Field(ge=0, le=MAX_SEED, description="0 .. 2^53 - n; absent: random, and returned.")
     ] = None
-    scale: Annotated[int, Field(ge=1, le=16, description="Nearest-neighbour enlargement.")] = 1
+    scale: Annotated[int, Field(ge=1, le=MOST_SCALE, description="Nearest-neighbour enlargement.")] = 1
     response_format: Annotated[
         Literal["png", "b64_json", "apng", "webp", "npz"] | None,
         Field(description="Decides against Accept; the last three with frames."),
@@ -298,7 +299,7 @@ def _describe(error: Any, schema: type[BaseModel]) -> dict[str, str]:
     message: str = error["msg"]
     if error["type"] == "extra_forbidden":
         message = f"unknown field; known: {', '.join(schema.model_fields)}"
-    elif error["type"] == "string_pattern_mismatch":
+    elif error["type"] == "string_pattern_mismatch" and path == ["t"]:
         message = "must be one timestep or several, comma-separated: 0,250,999"
     elif error["type"] == "json_invalid":
         path, message = ["body"], message.replace("Invalid JSON", "not valid JSON")

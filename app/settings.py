@@ -80,7 +80,11 @@ class Settings(BaseSettings):
         ge=1024,
         description="Bytes of kept moments of chains (frames) held at once before requests get 429.",
     )
-    jobs: int = Field(256, ge=1, description="Asynchronous requests whose results are kept; older ones make room.")
+    jobs: int = Field(
+        256,
+        ge=1,
+        description="Asynchronous requests at once before they get 429, and results kept; older ones make room.",
+    )
     job_bytes: int = Field(
         256 * 2**20, ge=1024, description="Bytes of kept results of asynchronous requests; older ones make room."
     )
@@ -126,12 +130,22 @@ class Settings(BaseSettings):
         named = "model" in self.model_fields_set
         return self.models or (self.model if named else str(Path(self.model).absolute()),)
 
+    @property
+    def frame_bytes_of_key(self) -> int:
+        """Bytes of moments of chains that one key may hold; of several keys none takes all."""
+        return self.frame_bytes // 2 if len(self.keys) > 1 else self.frame_bytes
+
     @model_validator(mode="after")
     def _models_are_told_apart(self) -> Settings:
         if self.models and "model" in self.model_fields_set:
             raise ValueError("DDPM_MODEL and DDPM_MODELS are both set: set one of them")
         names = [name_of(model) for model in self.served]
         for name in names:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+                raise ValueError(
+                    f"the model {name!r} must be called by letters, digits, . _ - alone, for URLs and headers: rename "
+                    "its directory"
+                )
             if names.count(name) > 1:
                 raise ValueError(f"DDPM_MODELS: {names.count(name)} models are called {name}: rename a directory")
         if self.model_sha256 and len(self.model_sha256) != len(names):

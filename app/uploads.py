@@ -66,7 +66,8 @@ def _budget(settings: Settings, metrics: Metrics, limit: int, least: int, what: 
 
 def frames(settings: Settings, metrics: Metrics) -> Budget:
     """Of the moments of chains that are kept for answers."""
-    return _budget(settings, metrics, settings.frame_bytes, 0, "bytes of frames", errors.FramesFull)
+    most, of_key = settings.frame_bytes, settings.frame_bytes_of_key
+    return Budget(most, of_key, "bytes of frames", metrics, errors.FramesFull)
 
 
 class Uploads:

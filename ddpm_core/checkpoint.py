@@ -230,7 +230,7 @@ def load_model(directory: Path, name: str | None = None) -> Model:
         config = UNetConfig.from_dict(legacy.unet_fields(fields))
         _ = config.image_shape
         net = UNet(config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:  # torch raises the latter two for any size
         raise CheckpointError(f"{config_path}: {error}") from error
     fields = read_json(scheduler_path)
     try:
@@ -340,7 +340,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")

@@ -8,6 +8,7 @@ from typing import Any
 from ddpm_core.checkpoint import Model, read_json
 
 RECORD_NAME = "training.json"
+MOST_NAME = 100  # characters of a class's name
 
 
 def training_record(directory: Path) -> dict[str, Any]:
@@ -32,7 +33,9 @@ def class_names(directory: Path, model: Model) -> tuple[str, ...]:
         CheckpointError: the file is damaged.
     """
     names = _find(training_record(directory))
-    return tuple(map(str, names)) if isinstance(names, list) and len(names) == model.num_classes else ()
+    if not isinstance(names, list) or len(names) != model.num_classes:
+        return ()
+    return tuple(str(name)[:MOST_NAME].encode("utf-8", "replace").decode() for name in names)
 
 
 def _find(record: Any) -> Any:

@@ -13,6 +13,7 @@ from ddpm_core.plans import Variance
 from ddpm_core.schedules import NoiseSchedule
 from ddpm_core.spacings import Spacing
 
+MOST_STEPS = 1_000_000  # of a process: its tables are computed at every start
 DISTILLED = "_distilled_steps"  # as diffusers leaves it alone
 CLASSES = ("DDPMScheduler", "DDIMScheduler")  # of scheduler configs: others mean something else by the same fields
 VARIANCES = {  # by their names in a config; the logarithms are of the same variances
@@ -55,7 +56,7 @@ class SchedulerConfig:
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r} is not supported; supported: {', '.join(allowed)}")
         for field, kinds, low, high in (
-            ("num_train_timesteps", (int,), 1, math.inf),
+            ("num_train_timesteps", (int,), 1, MOST_STEPS),
             ("beta_start", (int, float), 0, 1),
             ("beta_end", (int, float), 0, 1),
             ("clip_sample", (bool,), False, True),

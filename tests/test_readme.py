@@ -41,7 +41,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert len(blocks("bash")) >= 4
     with server(model=ROOT / "weights" / "mnist") as it:
         for block in blocks("bash"):
-            script = re.sub("curl (?!-f)", "curl --fail-with-body -sS ", block.replace("http://127.0.0.1:8000", it.url))
+            script = block.replace("http://127.0.0.1:8000", it.url).replace("curl ", "curl --fail-with-body -sS ")
             subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", script], cwd=folder, check=True, timeout=300, env=environment
             )

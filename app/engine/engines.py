@@ -79,4 +79,5 @@ class Engines:
 
     def cancel(self, request_id: str, flow: str) -> bool:
         """Ends a request of a flow; its images make no further step. Returns whether there was such a one."""
-        return any(engine.cancel(request_id, flow) for engine in self.by_name.values())
+        ended = [engine.cancel(request_id, flow) for engine in self.by_name.values()]
+        return any(ended)

@@ -1,4 +1,4 @@
-"""What several routes share: the loaded model, seeds, image responses."""
+"""What several routes share: the model that a request means, and its engine."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import Any
 
+import anyio
+import anyio.to_thread
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
@@ -87,12 +89,22 @@ async def prepare(request: Request, engine: Engine, params: GenerateParams) -> N
 
     A long plan is computed where nobody waits for it: neither the event loop nor the engine's steps.
     """
-    if request.app.state.engines.holds(params.key):
-        engine.metrics.refused.labels("duplicate_id").inc()
-        raise to_problem(DuplicateRequest(), params)
+    _check_id(request, engine, params)
     if params.steps > SHORT_PLAN:
         with refusals_told(params):
             await run_in_threadpool(engine.prepare_plan, params)
+        _check_id(request, engine, params)  # another may have come meanwhile
+
+
+def _check_id(request: Request, engine: Engine, params: GenerateParams) -> None:
+    """Raises InFlight where a request of this id is served, by any engine, or its result is kept."""
+    kept = request.app.state.jobs.find(params.key)
+    if request.app.state.engines.holds(params.key) or kept is not None:
+        engine.metrics.refused.labels("duplicate_id").inc()
+        if kept is None:
+            raise to_problem(DuplicateRequest(), params)
+        location = LOCATION.format(request_id=params.request_id)
+        raise errors.InFlight(f"there is a request with this X-Request-Id: GET {location}, or use another id")
 
 
 async def finished(engine: Engine, params: GenerateParams, future: Future[Result]) -> Result:
@@ -156,23 +168,21 @@ async def respond(
 
         return stream(request, engine, params, OurEvents(params.request_id, scale, encode), headers)
 
-    async def work(held: ExitStack) -> Answer:
+    async def work(held: ExitStack, threads: anyio.CapacityLimiter | None = None) -> Answer:
         """Its answer, once the engine has accepted it; what it holds is given back with `held`."""
         with held:
             result = await finished(engine, params, future)
             start = time.monotonic()
             encode = (answers.MOVING if params.frames else answers.STILL)[media_type]
-            content = await run_in_threadpool(encode, result, params, info, scale)
+            content = await anyio.to_thread.run_sync(encode, result, params, info, scale, limiter=threads)
         timing = {"queue": result.queue_s, "denoise": result.denoise_s, "encode": time.monotonic() - start}
         told = ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in timing.items())
         return Answer(content, media_type, {**headers, "Server-Timing": told})
 
     preference = Preference.of(request)
     jobs: Jobs = request.app.state.jobs
-    if preference.respond_async and jobs.find(params.key) is not None:
-        engine.metrics.refused.labels("duplicate_id").inc()
-        location = LOCATION.format(request_id=params.request_id)
-        raise errors.InFlight(f"there is a request with this X-Request-Id: GET {location}, or use another id")
+    if preference.respond_async:
+        jobs.check_room(params.flow)
     with ExitStack() as held:
         if params.frames:
             share = request.app.state.frames.share(held, flow_of(request.state))
@@ -183,7 +193,7 @@ async def respond(
     if not preference.respond_async:
         request.state.held.callback(mine.close)  # frames count until they have been read
         return (await unless_gone(request, work(ExitStack()))).response()
-    kept = jobs.add(engine, params, work(mine))
+    kept = jobs.add(engine, params, work(mine, jobs.encoders))
     if preference.wait_s and await unless_gone(request, jobs.ended(kept, preference.wait_s)):
         jobs.remove(kept)
         return kept.response()

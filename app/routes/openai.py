@@ -23,7 +23,7 @@ from app.prompts import label_of
 from app.routes.common import check_ready, served
 from app.routes.drawing import draw, prepare, stream
 from app.routes.events import EVENTS, event
-from app.schemas import GenerateRequest, ProblemBody, Sampling, parse, parse_fields
+from app.schemas import MOST_SCALE, GenerateRequest, ProblemBody, Sampling, parse, parse_fields
 from app.schemas_openai import (
     CompletedImage,
     ImagesRequest,
@@ -35,8 +35,6 @@ from app.schemas_openai import (
 )
 
 router = APIRouter(prefix="/v1", tags=["openai"])
-
-MOST_SCALE = 16
 
 
 def _scale(size: str | None, info: ModelInfo) -> int:

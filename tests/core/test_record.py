@@ -25,6 +25,7 @@ NAMES = [f"class {i}" for i in range(10)]
         ({"data_facts": {"images": 3}}, ()),
         ({"data_facts": {"class_names": NAMES[:3]}}, ()),  # of other data
         ({"data_facts": {"class_names": 7}}, ()),
+        ({"data_facts": {"class_names": ["\ud800", *NAMES[1:]]}}, ("?", *NAMES[1:])),
         ({}, ()),
     ],
 )
@@ -36,6 +37,8 @@ def test_class_names_are_found_wherever_the_data_stand(tmp_path: Path, training:
 def test_a_record_that_is_missing_is_empty_and_a_damaged_one_named(tmp_path: Path) -> None:
     assert record.training_record(tmp_path) == {}
     assert record.class_names(tmp_path, MODEL) == ()
-    (tmp_path / record.RECORD_NAME).write_text("{")
-    with pytest.raises(CheckpointError, match=r"training\.json is not JSON"):
-        record.class_names(tmp_path, MODEL)
+
+    for damaged in ("{", "[" * 100_000):
+        (tmp_path / record.RECORD_NAME).write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"training\.json is not JSON"):
+            record.class_names(tmp_path, MODEL)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -186,9 +188,12 @@ def test_a_failed_one_says_why(service: Service, monkeypatch: pytest.MonkeyPatch
 
 def test_results_are_bounded_in_number_and_the_oldest_make_room(make_service: Callable[..., Service]) -> None:
     service = make_service(jobs=2)
-    ids = [start(service, {**BODY, "seed": seed}).headers["x-request-id"] for seed in range(4) if seed >= 0]
+    ids = []
+    for seed in range(4):
+        ids.append(start(service, {**BODY, "seed": seed}).headers["x-request-id"])
+        ended(service, ids[-1])
     for i in ids[2:]:
-        assert ended(service, i)["state"] == "completed"
+        assert state(service, i)["state"] == "completed"
     for i in ids[:2]:
         assert_problem(service.request("GET", f"/requests/{i}"), 404)
 
@@ -219,6 +224,43 @@ def test_results_are_bounded_in_time(make_service: Callable[..., Service]) -> No
     assert not service.app.state.jobs._by_key  # forgotten without anybody asking
 
 
+def test_what_has_left_is_not_kept_alive(make_service: Callable[..., Service]) -> None:
+    """Neither those that made room nor those that were deleted wait in memory for their time to be up."""
+    service = make_service(jobs=1)
+    seen = []
+    for seed in range(3):
+        ended(service, start(service, {**BODY, "seed": seed}).headers["x-request-id"])
+        (kept,) = service.app.state.jobs._by_key.values()
+        seen.append(weakref.ref(kept))
+        del kept
+    service.request("DELETE", f"/requests/{seen[-1]().params.request_id}")  # type: ignore[union-attr]
+    service.run(asyncio.sleep(0.05))
+    gc.collect()
+    assert [ref() for ref in seen] == [None] * 3
+
+
+def test_those_that_have_not_ended_are_bounded_too(
+    make_service: Callable[..., Service], hold: threading.Event
+) -> None:  # fmt: skip
+    service = make_service(jobs=2)
+
+    async def work() -> None:
+        asked = [await service.client.post("/generate", json=BODY, headers=ASYNC) for _ in range(3)]
+        assert [response.status_code for response in asked] == [202, 202, 429]
+        assert "2 of 2 asynchronous requests have not ended" in assert_problem(asked[2], 429)["detail"]
+        hold.set()
+
+    held(service, hold, work)
+
+
+def test_a_kept_id_is_nobody_else_s(service: Service) -> None:
+    start(service, **{"x-request-id": "mine"})
+    ended(service, "mine")
+    assert_problem(service.generate(BODY, **{"x-request-id": "mine"}), 409)
+    service.request("DELETE", "/requests/mine")
+    assert service.generate(BODY, **{"x-request-id": "mine"}).status_code == 200
+
+
 def test_no_key_sees_or_pushes_out_another_s(make_service: Callable[..., Service]) -> None:
     alice, bob = ({"x-api-key": f"{name}-0123456789abcdef"} for name in ("alice", "bob"))
     service = make_service(jobs=4, api_keys=f"{alice['x-api-key']},{bob['x-api-key']}")
@@ -232,13 +274,14 @@ def test_no_key_sees_or_pushes_out_another_s(make_service: Callable[..., Service
     assert ask(bob, "mine") == 202
     assert look(alice, "mine") == 404
     assert ask(alice, "mine") == 202  # her own
-    for i in range(8):
-        assert ask(alice, f"a{i}") == 202
 
     async def wait() -> None:
         while not all(kept.ended for kept in service.app.state.jobs._by_key.values()):
             await asyncio.sleep(0.01)
 
+    for i in range(8):
+        service.run(asyncio.wait_for(wait(), 60))
+        assert ask(alice, f"a{i}") == 202
     service.run(asyncio.wait_for(wait(), 60))
     assert look(bob, "mine") == 200
     assert look(alice, "mine") == 404

@@ -146,6 +146,8 @@ def test_settings_of_several_models_that_do_not_fit_are_refused(model_dir: Path,
     twin = shutil.copytree(model_dir, tmp_path / model_dir.name)
     with pytest.raises(ValidationError, match="2 models are called tiny"):
         Settings(models=(str(model_dir), str(twin)))
+    with pytest.raises(ValidationError, match="must be called by letters"):
+        Settings(model=str(shutil.copytree(model_dir, tmp_path / "модель")))
     with pytest.raises(ValidationError, match="both set"):
         Settings(model=str(model_dir), models=(str(twin),))
     with pytest.raises(ValidationError, match="1 entries for 2 models"):

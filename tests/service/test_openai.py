@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -171,6 +172,13 @@ def test_prompts_that_are_understood(prompt: str, label: int | None) -> None:
 def test_prompts_that_are_not_say_what_is(prompt: str) -> None:
     with pytest.raises(Invalid, match=r'0 \.\. 9 or words \(zero \.\. nine\), and "any"'):
         prompts.label_of(prompt, INFO)
+
+
+def test_a_name_within_another_name_is_not_meant() -> None:
+    shirts = dataclasses.replace(PETS, class_names=("T-shirt/top", "Shirt", "hot dog"))
+    assert prompts.label_of("a T-shirt/top", shirts) == 0
+    assert prompts.label_of("one shirt", shirts) == 1
+    assert prompts.label_of("2 hot dogs", shirts) == 2
 
 
 def test_prompts_of_other_models() -> None:

@@ -98,6 +98,15 @@ def cut(content: bytes) -> bytes:
     return buffer.getvalue()
 
 
+def enlarged(content: bytes, scale: int) -> bytes:
+    picture = Image.open(io.BytesIO(content))
+    buffer = io.BytesIO()
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_text("ddpm", picture.text["ddpm"])  # type: ignore[attr-defined]
+    picture.resize((28 * scale, 28 * scale), Image.Resampling.NEAREST).save(buffer, "PNG", pnginfo=chunk)
+    return buffer.getvalue()
+
+
 def test_what_nobody_can_tell_is_said_with_its_reason(service: Service) -> None:
     content = service.generate(BODY).content
     denoised = service.request("POST", "/denoise", files={"image": ("x", encode_grey())}, data={"t": "9", "steps": "2"})
@@ -117,7 +126,8 @@ def test_what_nobody_can_tell_is_said_with_its_reason(service: Service) -> None:
             rewritten(service.generate({**BODY, "n": 2}).content, lambda facts: facts["images"][0].update(steps=4)),
             "not of one request",
         ),
-        (rewritten(content, lambda facts: facts.update(frames=[0, 3])), "other frames"),
+        (rewritten(content, lambda facts: facts.update(frames=[0, 3])), "1 frames, not 2"),
+        (enlarged(content, 17), "up to 16 times"),
     ):
         found = verdict(service, changed)
         assert (found["verdict"], found["facts"]) == ("cannot_tell", None)
@@ -152,9 +162,49 @@ def test_facts_ask_for_no_more_than_a_request_may(make_service: Callable[..., Se
     assert_problem(ask(service, many), 422, "n")
     animated = service.generate({**BODY, "frames": 2}).content
     assert verdict(service, animated)["verdict"] == "reproduced"
-    assert_problem(
-        ask(service, rewritten(animated, lambda facts: facts.update(frames=[0, 1, 2, 3]))), 429
-    )  # fmt: skip
+    assert_problem(ask(service, rewritten(animated, lambda facts: facts.update(frames=[0, 1, 2, 3]))), 422, "image")
+
+
+def test_facts_that_nobody_checked_are_not_vouched_for(service: Service) -> None:
+    """The answer names what was really drawn."""
+    lies = {"model": "somebody-elses", "author": "Mallory", "version": "9", "guidance_scale": 7.5, "x": "\ud800"}
+    content = service.generate({"seed": 5, "steps": 3, "sampler": "ddim"}).content
+    found = verdict(service, rewritten(content, lambda facts: facts.update(lies)))
+    assert found["verdict"] == "reproduced"
+    (facts,) = found["facts"]
+    assert (facts["model"], facts["guidance_scale"], facts["version"]) == ("tiny", 1.0, found["version"])
+    assert not {"author", "x"} & facts.keys()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"images":' * 5_000, "{}", "null", "7", '{"images": {}}', "\x00"])
+def test_any_text_chunk_has_an_answer(service: Service, text: str) -> None:
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_text("ddpm", text)
+    buffer = io.BytesIO()
+    Image.new("L", (28, 28)).save(buffer, "PNG", pnginfo=chunk)
+    assert_problem(ask(service, buffer.getvalue()), 422, "image")
+
+
+def test_a_small_file_that_claims_much_costs_little(service: Service) -> None:
+    """A still picture says that it is an animation of many large frames: none of them is made."""
+    content = service.generate({**BODY, "scale": 16, "steps": 900}).content
+    many = rewritten(content, lambda facts: facts.update(frames=list(range(901))))
+    found = verdict(service, many)
+    assert (found["verdict"], "1 frames, not" in found["detail"]) == ("cannot_tell", True)
+
+
+def test_frames_count_before_they_are_decoded(make_service: Callable[..., Service]) -> None:
+    service = make_service(max_image_pixels=100_000)
+    frames = [Image.new("L", (224, 224), grey) for grey in (0, 1, 2, 3)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    assert "of 4 frames" in assert_problem(ask(service, buffer.getvalue()), 422, "image")["detail"]
+
+
+def test_one_place_for_uploads_is_enough(make_service: Callable[..., Service]) -> None:
+    service = make_service(upload_slots=1)
+    assert verdict(service, service.generate(BODY).content)["verdict"] == "reproduced"
+    assert service.app.state.uploads.slots.taken == service.app.state.uploads.pixels.taken == 0
 
 
 def test_any_of_several_models_is_found(make_service: Callable[..., Service], model_dir: Path, tmp_path: Path) -> None:
