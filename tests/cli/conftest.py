@@ -126,6 +126,11 @@ def picture() -> bytes:
     return buffer.getvalue()
 
 
+def hear_ctrl_c() -> None:
+    """What shells start in the background ignores it, and so would the commands of a test run there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Terminal:
     """A command whose stderr (and stdout, if wanted) is a terminal."""
 
@@ -134,7 +139,9 @@ class Terminal:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
         environment = {**os.environ, **{f"DDPM_{k.upper()}": str(v) for k, v in settings.items()}}
         to = theirs if stdout else subprocess.DEVNULL
-        self.process = subprocess.Popen([*COMMAND, *words], stderr=theirs, stdout=to, env=environment)
+        self.process = subprocess.Popen(
+            [*COMMAND, *words], stderr=theirs, stdout=to, env=environment, preexec_fn=hear_ctrl_c
+        )  # fmt: skip
         os.close(theirs)
         self.text = ""
 
