@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from app.engine.request import ModelInfo
-from app.schemas import GenerateRequest, Limits, ModelCapabilities, SamplerCapabilities
+from app.schemas import MOST_SCALE
+from app.schemas_service import Limits, ModelCapabilities, SamplerCapabilities
 from app.settings import Settings
 from ddpm_core import samplers
 
@@ -52,5 +53,5 @@ def limits(settings: Settings) -> Limits:
         json_bytes=settings.max_json_bytes,
         body_bytes=settings.max_body_bytes,
         queue_slots=settings.queue_slots,
-        scale=next(m.le for m in GenerateRequest.model_fields["scale"].metadata if hasattr(m, "le")),
+        scale=MOST_SCALE,
     )

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from app import errors
+from app.media_types import PROBLEM
 from app.schemas import GenerateRequest, ProblemBody, ProgressEvent
 from app.schemas_oip import InferenceRequest
 from app.schemas_openai import CompletedImage, ImagesRequest, PartialImage
@@ -68,7 +69,7 @@ def _problem(status: int) -> dict[str, Any]:
     example = errors.body("0b26f0c5d3c14f3e8a5a", status, kind.slug, detail, named)
     return {
         "description": http.HTTPStatus(status).phrase,
-        "content": {errors.MEDIA_TYPE: {"schema": ref(ProblemBody), "example": example}},
+        "content": {PROBLEM: {"schema": ref(ProblemBody), "example": example}},
         **({"headers": RETRY_AFTER} if status in MAY_RETRY else {}),
     }
 

@@ -6,6 +6,7 @@ Problem              status   when
   NotAcceptable      406      no offered media type fits Accept
   TooSlow            408      the body took too long to arrive
   TooLarge           413      more bytes than the limit, counted on the wire
+  ResultTooLarge     413      the result of an asynchronous request is more than may be kept
   UnsupportedMedia   415      a body of another media type
   QueueFull          429      more images asked for than the queue takes now; Retry-After
   UploadsFull        429      more uploads at once than are taken; Retry-After
@@ -37,7 +38,6 @@ from app.media_types import PROBLEM
 
 log = logging.getLogger("app")
 
-MEDIA_TYPE = PROBLEM
 SECURITY_HEADERS = {  # nothing that is sent here is a page, but for / and /docs, which say so themselves
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -97,6 +97,10 @@ class TooSlow(Problem):
 
 class TooLarge(Problem):
     status, slug = 413, "too-large"
+
+
+class ResultTooLarge(Problem):
+    status, slug = 413, "result-too-large"
 
 
 class UnsupportedMedia(Problem):
@@ -198,7 +202,7 @@ def answer(
         body(request_id, status, slug, detail, errors, path),
         status,
         {**SECURITY_HEADERS, "X-Request-Id": request_id, **(headers or {})},
-        media_type=MEDIA_TYPE,
+        media_type=PROBLEM,
     )
 
 

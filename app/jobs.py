@@ -120,7 +120,7 @@ class Jobs:
         try:
             kept.answer = await work
             if kept.size > self._most_bytes:
-                kept.problem = errors.Problem(
+                kept.problem = errors.ResultTooLarge(
                     f"the result has {kept.size:,} bytes, over the limit of {self._most_bytes:,} that are kept: ask "
                     "for fewer images, or without Prefer: respond-async"
                 )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.cli import progress
+from app.cli.errors import CommandError
 from app.cli.files import Output
 from app.cli.options import check_place, key_of
 
@@ -44,7 +45,11 @@ def carry_out(args: argparse.Namespace, question: Question, output: Output) -> i
             from app.cli import local
 
             answer = local.ask(question, args.model, args.device, bar)
-    where = output.write(answer.content)
+    made = ", ".join(f"{name} {value}" for name, value in answer.facts.items())
+    try:
+        where = output.write(answer.content)
+    except CommandError as error:
+        raise CommandError(f"{error}; it can be had again by {made}") from None
     if not args.quiet:
-        print(f"{where}: {', '.join(f'{name} {value}' for name, value in answer.facts.items())}", file=sys.stderr)
+        print(f"{where}: {made}", file=sys.stderr)
     return 0

@@ -56,6 +56,8 @@ class Output:
             if sys.stdout.isatty():
                 raise CommandError("-o -: stdout is a terminal, and the answer no text: send it on with | or >")
             return cls(name, forms[".png"])
+        if name.endswith("/") and path.exists() and not path.is_dir():
+            raise CommandError(f"-o {name}: {path} is a file, and a folder is asked for")
         if name.endswith("/") or path.is_dir():
             if ZIP not in forms.values():
                 raise CommandError(f"-o {name} is a folder: name one file, {_either(forms)}")
@@ -79,6 +81,8 @@ class Output:
             return f"{self.name}{' (replaced)' if _replace(Path(self.name), content) else ''}"
         except BrokenPipeError:
             raise
+        except zipfile.BadZipFile as error:
+            raise CommandError(f"what came for {self.name} is no whole ZIP ({error}): ask again") from None
         except OSError as error:
             raise CommandError(f"{self.name} cannot be written: {error.strerror}") from None
 

@@ -8,7 +8,7 @@ from app.capabilities import limits, of_model
 from app.description import problems
 from app.engine.engines import Engines
 from app.routes.common import check_ready
-from app.schemas import Capabilities
+from app.schemas_service import Capabilities
 from ddpm_core import __version__
 
 router = APIRouter(tags=["models"])

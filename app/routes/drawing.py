@@ -181,13 +181,13 @@ async def respond(
 
     preference = Preference.of(request)
     jobs: Jobs = request.app.state.jobs
-    if preference.respond_async:
-        jobs.check_room(params.flow)
     with ExitStack() as held:
         if params.frames:
             share = request.app.state.frames.share(held, flow_of(request.state))
             share(kept_bytes(params.slots * len(params.frames), info))
         await prepare(request, engine, params)
+        if preference.respond_async:
+            jobs.check_room(params.flow)  # nothing may come between this and its acceptance
         future = submit(engine, params)
         mine = held.pop_all()
     if not preference.respond_async:

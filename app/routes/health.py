@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from app.engine.engine import Engine
 from app.engine.engines import Engines
-from app.schemas import EngineHealth, Health, ModelHealth
+from app.schemas_service import EngineHealth, Health, ModelHealth
 from ddpm_core import __version__
 
 router = APIRouter(tags=["health"])

@@ -83,7 +83,7 @@ async def request_state(request: Request, request_id: str) -> RequestState:
     response_class=Response,
     responses={
         200: {"description": "What the request itself would have answered."},
-        **problems(404, 409, 410, 504),
+        **problems(404, 409, 410, 413, 503, 504),
     },
 )
 async def result(request: Request, request_id: str) -> Response:

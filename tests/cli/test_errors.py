@@ -59,7 +59,11 @@ def test_a_field_or_image_that_cannot_be_used(
         (["generate", "--frames", "3", "-o", "x/"], "is a folder: name one file"),
         (["noise", "text", "--t", "5", "-o", "."], "is a folder: name one file"),
         (["generate", "-o", "gone/x.png"], "there is no folder gone"),
-        (["generate", "-o", "text/"], "text/ cannot be written: File exists"),
+        (["generate", "-o", "text/"], "text is a file, and a folder is asked for"),
+        (
+            ["generate", "--seed", "1", "--steps", "1", "-o", "/proc/x.png"],
+            "it can be had again by seed 1, model tiny",
+        ),
         (["generate", "-o", ""], "-o has no name"),
         (["generate", "--url", f"http://{'x' * 70}.org"], "cannot be reached: "),
         (["generate", "seven"], "'seven' is no label"),

@@ -172,6 +172,20 @@ class Provoking:
         await self.service.client.delete("/requests/nobody", headers=KEY)
         return response
 
+    async def kept_too_large(self, operation: str) -> httpx.Response:
+        with self.patch.context() as patch:
+            patch.setattr(self.service.app.state.jobs, "_most_bytes", 10)
+            return await self.kept(operation)
+
+    async def kept_by_the_dead(self, operation: str) -> httpx.Response:
+        """Its engine has failed: nothing can be asked of it any more."""
+        self.hold.clear()
+        asked = await self.ask("generate", {"prefer": "respond-async", "x-request-id": "nobody"})
+        self.engine._fail(RuntimeError("dead"))
+        self.hold.set()
+        await self.ended(asked)
+        return await self.ask(operation)
+
     async def kept_too_late(self, operation: str) -> httpx.Response:
         self.hold.clear()
         asked = await self.ask("generate", {"prefer": "respond-async", "x-request-id": "nobody"}, deadline_ms=1000)
@@ -262,7 +276,8 @@ HOW: dict[str, dict[int, How]] = {
     "denoise": {**DRAWN, 202: P.accepted},
     "request_state": {**ALWAYS, 200: P.kept, 404: P.not_found},
     "result": {
-        **ALWAYS, 200: P.kept, 404: P.not_found, 409: P.not_done, 410: P.kept_cancelled, 504: P.kept_too_late,
+        **ALWAYS, 200: P.kept, 404: P.not_found, 409: P.not_done, 410: P.kept_cancelled,
+        413: P.kept_too_large, 504: P.kept_too_late, 503: P.kept_by_the_dead,
     },
     "image": {**ALWAYS, 304: P.not_modified, 404: P.not_found, 429: P.queue_full, 503: P.unavailable},
     "noise": {
