@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,6 +20,7 @@ from app.engine.admission import Bounds
 from app.engine.engine import Engine
 from app.engine.engines import Engines
 from app.engine.runner import Runner
+from app.engine.turns import Turns
 from app.http import Outermost
 from app.jobs import Jobs
 from app.metrics import Metrics
@@ -109,7 +109,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def _engines(settings: Settings, metrics: Metrics) -> Engines:
     """An engine for each model; they load, and make their steps, one at a time."""
-    device = threading.Lock()
+    device = Turns()
 
     def engine(model: str, sha256: str | None) -> Engine:
         return Engine(

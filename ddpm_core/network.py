@@ -25,6 +25,7 @@ Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """One call of the raw network: x_t (B, C, H, W), t (B,), label (B,) long or None -> (B, C, H, W)."""
 
 THREADS = torch.get_num_threads()  # as the process began: whoever uses a graph may want torch to have fewer later
+onnxruntime.set_global_thread_pool_sizes(THREADS, 1)  # pools of several graphs would spin on the same cores
 MOST_ROWS = 32  # of one run of a graph: with more a row takes longer, 1.1 times at 64 and 1.2 at 250 (docs/log.md)
 CLOSE = 1e-4  # how far a graph's output may be from torch's, relative to the largest; a right one is 1e-5 away
 
@@ -72,9 +73,9 @@ class TorchNetwork:
 
 
 def cpu_session(graph: bytes) -> onnxruntime.InferenceSession:
-    """A graph on the CPU, with as many threads as torch has by itself."""
+    """A graph on the CPU, with as many threads as torch has by itself: those of all graphs of the process."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
+    options.use_per_session_threads = False
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import numpy as np
@@ -74,12 +75,12 @@ class Engine:
         batch_rows: int | None = None,
         name: str = "model",
         metrics: Metrics | None = None,
-        device: threading.Lock | None = None,
+        device: AbstractContextManager[object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name, self._make_runner, self.bounds = name, make_runner, bounds
         self._exact, self._batch_rows = exact, batch_rows
-        self._device, self._clock = device or threading.Lock(), clock
+        self._device, self._clock = device or nullcontext(), clock
         self._changed = threading.Condition()  # guards all that follows
         self.scheduler = Scheduler()
         self._jobs: dict[str, Job] = {}

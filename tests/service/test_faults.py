@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import json
 import random
@@ -190,22 +191,26 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(model_dir: Path) -> 
                     else:
                         answers.append((i, response.status_code, response.content))
 
-                tasks = []
-                for i in range(200):
-                    tasks.append(asyncio.create_task(ask(i)))
-                    if i == 100:
-                        it.process.send_signal(signal.SIGTERM)
+                tasks: list[asyncio.Task[None]] = []
+                while len(answers) < 50:  # then it is under load, however slow the machine is
+                    assert len(tasks) < 5000
+                    tasks.append(asyncio.create_task(ask(len(tasks))))
+                    await asyncio.sleep(0.002)
+                it.process.send_signal(signal.SIGTERM)
+                for _ in range(100):
+                    tasks.append(asyncio.create_task(ask(len(tasks))))
                     await asyncio.sleep(0.002)
                 await asyncio.gather(*tasks)
+                assert len(answers) == len(tasks)
             return answers
 
         answers = asyncio.run(load())
         assert it.process.wait(30) == 0
-        assert len(answers) == 200
         assert all(content == expected[i % 4] for i, status, content in answers if status == 200)
-        counts = {status: sum(answer[1] == status for answer in answers) for status in (0, 200, 503)}
-        assert sum(counts.values()) == 200, counts
-        assert counts[200] >= 90
+        counts = collections.Counter(status for _, status, _ in answers)
+        assert set(counts) <= {0, 200, 503}, counts
+        assert counts[200] >= 50
+        assert counts[0] + counts[503] > 0
         logged = it.logged()
         assert "Traceback" not in logged
         assert "running task(s)" not in logged  # uvicorn's word of answers that it cut off
