@@ -1,4 +1,4 @@
-"""Who may call, where there are API keys."""
+"""Who may call: with which API key, and from which pages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import hmac
 from collections.abc import Sequence
 from typing import Annotated
 
-from fastapi import Request, Security
+from fastapi import Request, Response, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
-from starlette.datastructures import State
+from starlette.datastructures import Headers, State
+from starlette.middleware.cors import CORSMiddleware
 
 from app import errors
+from app.logs import request_id_of_log
 
 _bearer = HTTPBearer(auto_error=False, description="An API key.")
 _header = APIKeyHeader(name="X-API-Key", auto_error=False, description="The same, for clients that send no Bearer.")
@@ -58,3 +60,15 @@ def flow_of(state: State) -> str:
 
 def _digest(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+class Cors(CORSMiddleware):
+    """Tells browsers which pages of other origins may call; a preflight that is refused is a problem too."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        headers = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        detail = f"{bytes(response.body).decode()}; DDPM_CORS_ORIGINS names the origins whose pages may call"
+        return errors.answer(request_id_of_log.get() or "", response.status_code, "disallowed-cors", detail, headers=headers)

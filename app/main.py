@@ -11,10 +11,9 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware.cors import CORSMiddleware
 
 from app import errors
-from app.access import Access
+from app.access import Access, Cors
 from app.description import complete, problems
 from app.engine.admission import Bounds
 from app.engine.engine import Engine
@@ -86,7 +85,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.frames, app.state.jobs = frames(settings, counted), Jobs(settings, counted)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"],
+            Cors, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"],
             expose_headers=["*"],
         )  # fmt: skip
     app.add_middleware(Outermost)

@@ -219,8 +219,13 @@ def test_named_origins_may_and_their_preflight_needs_no_key(make_service: Callab
         refused = service.generate({"steps": 1}, origin=origin)
         for response in (preflight, answer, refused):
             assert (response.headers.get("access-control-allow-origin") == origin) is allowed
+            assert "origin" in response.headers["vary"].lower()
             assert "access-control-allow-credentials" not in response.headers
         assert (answer.status_code, refused.status_code) == (200, 401)
+        if allowed:
+            assert preflight.status_code == 200
+        else:
+            assert "DDPM_CORS_ORIGINS" in assert_problem(preflight, 400)["detail"]
 
 
 def test_every_answer_has_the_headers_that_browsers_heed(service: Service) -> None:
