@@ -71,4 +71,6 @@ class Cors(CORSMiddleware):
             return response
         headers = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
         detail = f"{bytes(response.body).decode()}; DDPM_CORS_ORIGINS names the origins whose pages may call"
-        return errors.answer(request_id_of_log.get() or "", response.status_code, "disallowed-cors", detail, headers=headers)
+        return errors.answer(
+            request_id_of_log.get() or "", response.status_code, "disallowed-cors", detail, headers=headers
+        )

@@ -24,12 +24,11 @@ from typing import Any
 
 import onnx
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import MODEL, ROOT, busy_cores, print_json, table
 from benchmarks.turns import Side, Spread, in_turns, medians, ratio, rounds_within
 from ddpm_core.checkpoint import Model, load_model
-from ddpm_core.network import OnnxNetwork, TorchNetwork, cpu_session
+from ddpm_core.network import OnnxNetwork, TorchNetwork, cpu_session, flops
 
 ROWS, QUICK_ROWS = (1, 4, 16, 64), (1, 16)
 SIZE = 2048
@@ -40,13 +39,6 @@ FEWEST, MOST = 3, 40  # rounds; between them as many as the time allows
 GOAL = {1: 0.6, 16: 0.75, 64: 0.75}  # share of the product's rate, by rows
 
 CPU = torch.device("cpu")
-
-
-def gflop(call: Callable[[], object]) -> float:
-    """What torch computes in a call, in GFLOP."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return float(counter.get_total_flops()) / 1e9
 
 
 def products() -> tuple[Callable[[], object], Callable[[], object]]:
@@ -77,7 +69,7 @@ def rates(model: Model, rows: int, rounds: Iterable[int], timed: int) -> dict[st
     sides = [Side(call, before=functools.partial(settle, call)) for call in (*calls, *products())]
     *networks, by_torch, by_onnx = in_turns(sides, rounds, timed)
     product = min(by_torch, by_onnx, key=lambda took: statistics.median(medians(took)))
-    each = gflop(calls[1])
+    each = rows * flops(model.net) / 1e9
     found: dict[str, Any] = {"rows": rows, "gflop": round(each, 4), "rounds": len(product)}
     found["product_gflops"] = Spread.of(PRODUCT_GFLOP / s for s in medians(product))
     for name, took in zip(("onnxruntime", "torch"), networks, strict=True):

@@ -87,7 +87,9 @@ def _draw(question: Question, model: str | None, device: str | None, bar: Bar) -
 
     bar.say(f"loading {reference}")
     bounds = Bounds(MOST_IMAGES)
-    engine = Engine(load, bounds=bounds, exact=settings.exact, batch_rows=settings.batch_rows, name=name_of(reference))
+    engine = Engine(
+        load, bounds=bounds, exact=settings.exact, batch_rows=settings.batch_rows, brief=True, name=name_of(reference)
+    )
     engine.load()
     (params,), info = asked, engine.info
     assert info is not None

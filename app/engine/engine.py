@@ -60,6 +60,7 @@ class Engine:
         bounds: what may wait or run at once.
         exact: find out and keep what makes an image's bytes its own; False spares the start-up check and any padding.
         batch_rows: the most network rows of a step; None: as many as the measured step time recommends.
+        brief: steps of few rows and a short start-up check, for an engine that is started for one request.
         name: of the model.
         metrics: where to count.
         device: held while it loads or makes a step: engines that share a device take turns.
@@ -73,13 +74,14 @@ class Engine:
         bounds: Bounds,
         exact: bool = True,
         batch_rows: int | None = None,
+        brief: bool = False,
         name: str = "model",
         metrics: Metrics | None = None,
         device: AbstractContextManager[object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name, self._make_runner, self.bounds = name, make_runner, bounds
-        self._exact, self._batch_rows = exact, batch_rows
+        self._exact, self._batch_rows, self._brief = exact, batch_rows, brief
         self._device, self._clock = device or nullcontext(), clock
         self._changed = threading.Condition()  # guards all that follows
         self.scheduler = Scheduler()
@@ -212,7 +214,7 @@ class Engine:
         """Loads the model and finds out how this machine runs it; then the engine is ready."""
         with self._device:
             runner = self._make_runner()
-            exactness, step_time, rows_limit = prepare(runner, self._exact, self._batch_rows)
+            exactness, step_time, rows_limit = prepare(runner, self._exact, self._batch_rows, self._brief)
         with self._changed:
             self._runner, self.info, self.exactness = runner, runner.info, exactness
             self.step_time, self.rows_limit = step_time, rows_limit

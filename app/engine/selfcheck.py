@@ -27,16 +27,20 @@ LONGEST_S = 0.25  # a step that takes so long is the last size tried: clients jo
 STEPS = 3  # of the chains that are compared: with noise, with noise and history, and the last
 
 
-def prepare(runner: Runner, exact: bool, batch_rows: int | None) -> tuple[Exactness, StepTime, int]:
+def prepare(
+    runner: Runner, exact: bool, batch_rows: int | None, brief: bool = False
+) -> tuple[Exactness, StepTime, int]:
     """What an engine has to know before it serves: exactness, the step time, and the network rows of a full step.
 
     Args:
         runner: is padded as exactness wants it.
         exact: whether to look; without it nothing is promised and nothing padded.
         batch_rows: of a full step; None: as many as the measured step time recommends.
+        brief: as few as PINNED_ROWS, which is a fraction of the check. The bits are those of an engine of more rows,
+            whatever its multiple: no size up to here changes them, and that multiple is no larger.
     """
     kind = "cpu" if runner.device.type == "cpu" else "accelerator"
-    most = batch_rows or min(MOST_ROWS[kind], max(1, int(MOST_FLOPS[kind] / runner.flops)))
+    most = batch_rows or min((PINNED_ROWS if brief else MOST_ROWS)[kind], max(1, int(MOST_FLOPS[kind] / runner.flops)))
     guided = 2 if runner.info.guidance else 1  # network rows that the costliest image needs
     exactness = find_exactness(runner, max(most, guided), PINNED_ROWS[kind]) if exact else Exactness(False, 1, ())
     step_time = measure(runner, min(most, exactness.most_rows))

@@ -76,9 +76,9 @@ def checked() -> Any:
     """Looks at what the machine does with the tiny model once: the same is found at every start."""
     found: list[Any] = []
 
-    def prepare(runner: Runner, exact: bool, batch_rows: int | None) -> Any:
+    def prepare(runner: Runner, exact: bool, batch_rows: int | None, brief: bool) -> Any:
         if not found:
-            found.extend(selfcheck.prepare(runner, exact, batch_rows))
+            found.extend(selfcheck.prepare(runner, exact, batch_rows, brief))
         runner.pad_to(found[0].rows_multiple)
         return found
 

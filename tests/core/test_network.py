@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_core import checkpoint
 from ddpm_core.checkpoint import GRAPH_NAME, Model, load_model, save_model
 from ddpm_core.graph import FORM, export_graph
-from ddpm_core.network import GraphError, OnnxNetwork, Padded, TorchNetwork
+from ddpm_core.network import GraphError, OnnxNetwork, Padded, TorchNetwork, flops
 from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.unet import UNet, UNetConfig
 
@@ -31,6 +32,21 @@ def small_net(seed: int) -> UNet:
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return net.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("heads", [None, 4])
+@pytest.mark.parametrize("attention", ["", "Attn"])
+def test_operations_are_counted_as_torch_does(heads: int | None, attention: str) -> None:
+    config = UNetConfig(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
+        attention_head_dim=heads, down_block_types=(f"{attention}DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", f"{attention}UpBlock2D"), norm_num_groups=4, num_class_embeds=5,
+    )  # fmt: skip
+    net = UNet(config)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, 3, 8, 8), torch.tensor([5]), torch.tensor([3]))
+    assert flops(net) == counter.get_total_flops()
+    assert not any(module._forward_hooks for module in net.modules())
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,16 @@ def test_what_a_row_depends_on_is_found(model: Model, name: str) -> None:
     assert ("not exact" in found.how) == (not exact)
 
 
+@pytest.mark.parametrize("name", [name for name, (_, exact, _) in NETWORKS.items() if exact])
+def test_a_brief_check_ends_with_the_same_bits(make_engine: Callable[..., Stepped], name: str) -> None:
+    """What is made here at the command line is what a service makes, even where their multiples differ."""
+    trifle = NETWORKS[name][0]
+    full, brief = (make_engine(Spoiled(trifle), exact=True, batch_rows=None, brief=brief) for brief in (False, True))
+    assert brief.engine.rows_limit <= 8
+    asked = {"seeds": tuple(range(11)), "labels": (3, None) * 5 + (4,), "guidance_scale": 2.0, "steps": 3}
+    assert (brief.alone(**asked).x == full.alone(**asked).x).all()
+
+
 def test_padding_is_counted_and_done(make_engine: Callable[..., Stepped]) -> None:
     """After the check no call has another size than the ones that were found to be safe."""
     network = Spoiled(lambda x, t: len(x) % 4)
