@@ -156,7 +156,10 @@ def _cifar10(root: Path, train: bool, download: bool, options: Options) -> Image
 
 def _digits(root: Path, train: bool, download: bool, options: Options) -> ImageSet:
     """scikit-learn's bundled 8x8 digits: real images for tests and first tries, no download, four in five to train."""
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("the data set digits comes with scikit-learn, which is not installed here") from None
 
     data = load_digits()
     images = torch.from_numpy(np.round(data.images * 255 / 16).astype(np.uint8))[:, None]

@@ -7,6 +7,7 @@ import hashlib
 import io
 import pickle
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,12 @@ def test_pixels_map_to_minus_1_and_1_and_back_without_loss() -> None:
 def test_what_lies_outside_is_clamped() -> None:
     x = torch.tensor([-7.0, -1.001, 0.0, 1.001, 7.0])
     assert data.to_uint8(x).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_digits_without_scikit_learn_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ValueError, match="comes with scikit-learn, which is not installed"):
+        data.load("digits", Path(), train=True)
 
 
 def test_the_digits_parts_are_disjoint_and_whole() -> None:
