@@ -1,6 +1,6 @@
 /** A form that draws, steps 1 and 3: from its fields to a request, its code, and pictures. */
 
-import { bodyOf } from "./api.js";
+import { bodyOf, Problem } from "./api.js";
 import { find, on } from "./dom.js";
 import { Fields, show } from "./fields.js";
 import { previewsOf, Result } from "./result.js";
@@ -15,7 +15,7 @@ import { Code } from "./snippets.js";
  * @property {HTMLElement[]} roots where else fields stand
  * @property {(image: any, answer: any, fields: any) => string | undefined} link
  * @property {(source: import("./noise.js").Source) => void} onNoise
- * @property {() => void} onDrawn
+ * @property {() => unknown} onDrawn awaited: what it puts elsewhere is there before anything else is asked for
  */
 
 export class Drawing {
@@ -67,18 +67,20 @@ export class Drawing {
   async submit() {
     this.show(null);
     try {
-      const { path, image, link, onDrawn } = this.given;
+      const { path, link, onDrawn } = this.given;
+      const image = this.given.image();
+      if (image === null) throw new Problem("It needs a picture in step 2.");
       const fields = this.#read();
       const most = (fields.t ?? this.model.num_train_steps - 1) + 1;
       const previews = previewsOf(Math.min(fields.steps ?? this.fields.sampler.steps, most));
       const answer = await this.result.run({
         path,
-        request: bodyOf({ ...fields, previews }, image()?.blob),
+        request: bodyOf({ ...fields, previews }, image?.blob),
         ...this.#tiles(fields),
         names: this.model.class_names,
         link: (one, whole) => link(one, whole, fields),
       });
-      if (answer) onDrawn();
+      if (answer) await onDrawn();
     } catch (error) {
       this.show(error);
     }

@@ -88,7 +88,10 @@ export class Fields {
   restore(state, prefix) {
     this.labels = state.get(`${prefix}label`)?.split(",") ?? this.labels;
     for (const name of NAMES) {
-      if (this.inputs[name]) this.inputs[name].value = state.get(prefix + name) ?? this.inputs[name].value;
+      const input = this.inputs[name];
+      const value = state.get(prefix + name);
+      const offered = !input?.options || [...input.options].some((option) => option.value === value);
+      if (input && value !== null && offered) input.value = value; // a link of another model may want what is not here
     }
     this.allow();
   }

@@ -8,7 +8,7 @@ import { b64, blob, dataUrl } from "./pictures.js";
 import { plot } from "./plot.js";
 import { Sketch } from "./sketch.js";
 
-const STRIP = 32; // the most t that one request may ask for
+const STRIP = 31; // with the slider's own, the most t that one request may ask for
 const SHOWN = 11; // of the strip, over the slider
 const IN_A_LINK = 4000; // characters of a picture
 
@@ -22,8 +22,12 @@ export class Noise extends EventTarget {
   own = false;
   /** By t. @type {Map<number, {t: number, alpha_bar: number, snr: number, b64_json: string}>} */
   #frames = new Map();
-  #fetching = new AbortController();
-  #exactly = lately(80, () => this.#fetch([this.t]));
+  #strip = new AbortController();
+  #exact = new AbortController();
+  #exactly = lately(80, () => {
+    this.#exact.abort();
+    return this.#fetch([this.t], (this.#exact = new AbortController()));
+  });
   #anew = lately(120, () => this.#refresh());
 
   /** @param {HTMLElement} section */
@@ -87,7 +91,12 @@ export class Noise extends EventTarget {
   async restore(state) {
     this.slider.value = state.get("t") ?? this.slider.value;
     this.seedInput.value = state.get("noise_seed") ?? this.seedInput.value;
-    if (state.has("x_0")) await this.put({ blob: blob(state.get("x_0")) });
+    if (!state.has("x_0")) return;
+    try {
+      await this.put({ blob: blob(state.get("x_0")) });
+    } catch {
+      this.#tell(new Problem("The picture in this link cannot be read."));
+    }
   }
 
   /** Fetches what the slider passes over, all at once, and what it stands at. */
@@ -97,26 +106,32 @@ export class Noise extends EventTarget {
     this.slider.disabled = false;
     this.section.classList.toggle("blank", this.blank);
     const last = this.model.num_train_steps - 1;
-    await this.#fetch([...new Set(Array.from({ length: STRIP }, (_, i) => Math.round((last * i) / (STRIP - 1))))]);
-    await this.#fetch([this.t]);
+    const strip = Array.from({ length: STRIP }, (_, i) => Math.round((last * i) / (STRIP - 1)));
+    this.#strip.abort();
+    this.#exact.abort(); // it may be of another picture
+    await this.#fetch([...new Set([this.t, ...strip])], (this.#strip = new AbortController()));
     this.dispatchEvent(new Event("change"));
   }
 
-  /** @param {number[]} wanted */
-  async #fetch(wanted) {
+  /** @param {number[]} wanted @param {AbortController} controller */
+  async #fetch(wanted, { signal }) {
     const t = wanted.filter((one) => !this.#frames.has(one));
     if (!t.length) return;
-    const tell = (problem) => show(problem, [this.form], find(".problem", this.section));
-    this.#fetching.abort();
-    const { signal } = (this.#fetching = new AbortController());
+    const wait = (text, first) => first && this.#tell(new Problem(text)); // an alert every second is too many
     try {
-      const images = await patiently(() => this.#ask(t, signal), signal, (text) => tell(new Problem(text)));
+      const images = await patiently(() => this.#ask(t, signal), signal, wait);
+      if (signal.aborted) return;
       for (const frame of images) this.#frames.set(frame.t, frame);
-      tell(null);
+      this.#tell(null);
       this.#render();
     } catch (error) {
-      if (!signal.aborted) tell(error);
+      if (!signal.aborted) this.#tell(error);
     }
+  }
+
+  /** @param {Error | null} problem */
+  #tell(problem) {
+    show(problem, [this.form], find(".problem", this.section));
   }
 
   async #ask(t, signal) {

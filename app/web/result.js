@@ -21,7 +21,7 @@ const FRAMES = 40; // previews of one chain
 const still = matchMedia("(prefers-reduced-motion)");
 
 /** Every how many steps to ask for previews. @param {number} steps of the chain */
-export const previewsOf = (steps) => Math.ceil(steps / (still.matches ? 4 : FRAMES));
+export const previewsOf = (steps) => Math.max(1, Math.ceil(steps / (still.matches ? 4 : FRAMES)));
 
 let results = 0;
 
@@ -132,7 +132,9 @@ export class Result {
   #say(text, running = false, share = 0) {
     find(".said", this.root).textContent = text;
     find("progress", this.root).value = share;
-    find(".cancel", this.root).hidden = !running;
+    const cancel = find(".cancel", this.root);
+    if (!running && document.activeElement === cancel) find(".go", this.root.closest("section")).focus();
+    cancel.hidden = !running;
     this.tiles.setAttribute("aria-busy", running);
   }
 

@@ -42,6 +42,7 @@ export function watch(onReady) {
   async function look() {
     clearTimeout(timer);
     if (document.hidden) return;
+    let again = true;
     try {
       const answer = await (await send("health", { cache: "no-store" }, 503)).json();
       show(answer.status, answer);
@@ -51,9 +52,10 @@ export function watch(onReady) {
       if (!(error instanceof Problem)) throw error;
       ready = false;
       show(error.status === 401 ? "key needed" : "unreachable");
-      if (error.status === 401) return; // the key's form looks again
+      again = error.status !== 401; // the key's form looks again
+    } finally {
+      if (again) timer = setTimeout(look, ready ? EVERY_MS : SOON_MS);
     }
-    timer = setTimeout(look, ready ? EVERY_MS : SOON_MS);
   }
   on(document, "visibilitychange", look);
   look();

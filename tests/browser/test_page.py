@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from tests.browser.conftest import Visit
 from tests.networks import call_distilled
@@ -181,6 +181,7 @@ def test_cancel_frees_the_slots(tiny: Server, visit: Visit) -> None:
     expect(draw.locator(".said")).to_contain_text("cancelled at step")
     tiny.wait_until_idle()
     expect(draw.locator(".cancel")).to_be_hidden()
+    expect(draw.locator(".go")).to_be_focused()
 
 
 def test_nothing_moves_while_it_draws(tiny: Server, visit: Visit) -> None:
@@ -398,11 +399,27 @@ def test_the_slider_asks_once_for_a_strip(tiny: Server, visit: Visit, tmp_path: 
     expect(page.locator("#noise code")).to_contain_text("@a.png")
     x_t(page, 700)
     strip = len(asked)
-    assert strip <= 2  # the strip, and where the slider stands
+    assert strip == 1  # and where the slider stands is in it
     for t in (0, 999):  # both are of the strip
         slide(page, t)
         x_t(page, t)
     assert len(asked) == strip
+
+
+def test_the_slider_moved_while_the_strip_loads_spoils_nothing(tiny: Server, visit: Visit) -> None:
+    page = visit(tiny)
+    expect(page.locator("#noise .strip img")).to_have_count(11)
+    held: list[Route] = []
+    page.route("**/noise", lambda route: held.append(route))
+    draw_by_hand(page)
+    until(lambda: page.wait_for_timeout(20) or len(held) == 1, "the strip is not asked for")
+    slide(page, 333)
+    until(lambda: page.wait_for_timeout(20) or len(held) == 2, "the slider's t is not asked for")
+    for route in list(held):
+        route.continue_()
+    x_t(page, 333)
+    strip = page.locator("#noise .strip img")
+    until(lambda: len(set(strip.evaluate_all("all => all.map(one => one.src)"))) == 11, "the strip has collapsed")
 
 
 def test_what_is_no_picture_is_told_at_the_picture(tiny: Server, visit: Visit, tmp_path: Path) -> None:
@@ -562,6 +579,34 @@ def test_a_link_brings_the_screen_back(tiny: Server, visit: Visit) -> None:
     assert done(step(again, "denoise"), 1) == redrawn
     assert x_t(again, 350) == x_t(page, 350)
     expect(step(again, "draw").get_by_role("checkbox", name="6", exact=True)).to_be_checked()
+
+
+def test_a_link_of_a_picture_and_what_was_made_of_it_brings_both_back(tiny: Server, visit: Visit) -> None:
+    page = visit(tiny)
+    draw, denoise = step(page, "draw"), step(page, "denoise")
+    fill(draw, n=1, sampler="ddim", steps=5, seed=22)
+    go(draw)
+    pictures = done(draw, 1)
+    fill(denoise, n=2, steps=3)
+    go(denoise)
+    redrawn = done(denoise, 2)
+    expect(page).to_have_url(re.compile("generate=&denoise="))
+    assert "x_0=" not in page.url
+    again = visit(tiny, fragment=page.url.partition("/#")[2].join(("#", "")))
+    assert done(step(again, "denoise"), 2) == redrawn
+    assert done(step(again, "draw"), 1) == pictures
+
+
+@pytest.mark.parametrize("spoilt", ["sampler=gone", "x_0=%25%25", "x_0=AAAA", "model=gone", "label=77", "t=many"])
+def test_a_link_that_does_not_fit_brings_back_what_fits(tiny: Server, visit: Visit, spoilt: str) -> None:
+    page = visit(tiny, fragment=f"#{spoilt}&n=2&steps=3&seed=8&generate=")
+    assert len(done(step(page, "draw"), 2)) == 2
+    asked: list[Any] = []
+    page.on("request", lambda request: asked.append(request) if request.url.endswith("/health") else None)
+    expect(page.locator("#state")).to_contain_text("ready")
+    if "x_0=%" in spoilt:
+        expect(page.locator("#noise .problem")).to_have_text("The picture in this link cannot be read.")
+    until(lambda: page.wait_for_timeout(100) or len(asked), "the state is no longer asked for")
 
 
 # ---- for everybody
