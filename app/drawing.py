@@ -70,6 +70,10 @@ def to_params(
         raise errors.Invalid.field(
             "guidance_scale", f"must be 1: {info.name} does not draw both with a label and without, as guidance does"
         )
+    if start is not None and info.distilled_steps is not None:
+        raise errors.Invalid.field(
+            "model", f"{info.name} is distilled: it draws from pure noise alone, and cannot start at an image's t"
+        )
     try:
         most = info.num_train_steps if start is None else start.t + 1
         sampler, steps = samplers.resolve(

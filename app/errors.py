@@ -15,7 +15,8 @@ Problem              status   when
   Unavailable        503      starting, draining or failed; Retry-After
   InFlight           409      this X-Request-Id is being served, or its result is kept
   NotDone            409      the result of a request that is still being served
-  NotFound           404      no such model, request or path
+  NotFound           404      no such request or path
+  NoSuchModel        404      no such model; the detail lists those that there are
   Cancelled          410      the request was ended by DELETE /requests/{id}
   DeadlineTooSoon    429      deadline_ms cannot be met now; Retry-After
   DeadlinePassed     504      deadline_ms has passed before the images were done
@@ -119,6 +120,10 @@ class NotFound(Problem):
     status, slug = 404, "not-found"
 
 
+class NoSuchModel(NotFound):
+    slug = "model-not-found"
+
+
 class Cancelled(Problem):
     status, slug = 410, "cancelled"
 
@@ -173,9 +178,9 @@ def body(
     if path.startswith("/v2"):
         error = {"error": detail}
     elif path.startswith("/v1"):
-        error = {
-            "error": {"message": detail, "type": slug, "code": slug, "param": errors[0]["field"] if errors else None}
-        }
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        param = errors[0]["field"] if errors else None
+        error = {"error": {"message": detail, "type": kind, "code": slug.replace("-", "_"), "param": param}}
     return {
         "type": f"urn:ddpm:problem:{slug}",
         "title": http.HTTPStatus(status).phrase,

@@ -53,10 +53,10 @@ def _without_null(field: dict[str, Any]) -> dict[str, Any]:
     return {**rest, **given[0]} if len(given) == 1 else field
 
 
-def form_schema(schema: type[BaseModel]) -> dict[str, Any]:
+def form_schema(schema: type[BaseModel], formats: str = "PNG, JPEG, WebP, GIF or BMP") -> dict[str, Any]:
     """The request body of such a form, for OpenAPI. It is text: a field is left out where JSON has null."""
     form = schema.model_json_schema()
-    image = {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP, GIF or BMP."}
+    image = {"type": "string", "format": "binary", "description": f"{formats}."}
     fields = {name: _without_null(field) for name, field in form["properties"].items()}
     if "label" in fields:
         fields["label"] = {**LABEL, "description": fields["label"]["description"]}

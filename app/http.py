@@ -231,7 +231,8 @@ async def read_form(request: Request, limit: int, hold: Callable[[int], None]) -
     """
     if _media_type(request) != "multipart/form-data":
         raise errors.UnsupportedMedia(
-            f"the body must be multipart/form-data: curl -F image=@digit.png -F t=200 -o noisy.png {_url(request)}"
+            "the body must be multipart/form-data, a file `image` and text fields: "
+            f"curl -F image=@digit.png {_url(request)}"
         )
 
     _, options = parse_options_header(request.headers["content-type"])

@@ -116,7 +116,7 @@ class Upload:
     def __init__(
         self, content: bytes, max_pixels: int, formats: tuple[str, ...] = FORMATS, *, all_frames: bool = False
     ) -> None:
-        self._told = functools.partial(_damage_told, max_pixels)
+        self._told = functools.partial(_damage_told, max_pixels, formats)
         with self._told():
             self._file = Image.open(io.BytesIO(content), formats=formats)
             self.n_frames: int = getattr(self._file, "n_frames", 1) if all_frames else 1
@@ -158,13 +158,13 @@ class Upload:
 
 
 @contextmanager
-def _damage_told(max_pixels: int) -> Iterator[None]:
+def _damage_told(max_pixels: int, formats: tuple[str, ...]) -> Iterator[None]:
     """Whatever Pillow finds wrong with a file is a BadImage."""
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooManyPixels(f"its pixels are over the limit of {max_pixels:,}: send a smaller image") from error
     except UnidentifiedImageError as error:
-        raise BadImage(f"not an image of a supported format ({', '.join(FORMATS)})") from error
+        raise BadImage(f"not an image of a supported format ({', '.join(formats)})") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise BadImage(f"the image is damaged or truncated and cannot be decoded ({type(error).__name__})") from error

@@ -6,6 +6,7 @@ import asyncio
 import collections
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Coroutine, Mapping
 
@@ -74,13 +75,15 @@ class Jobs:
 
     def check_room(self, flow: str) -> None:
         """Raises JobsFull where so many have not ended."""
-        unfinished = [kept.params.flow for kept in self._tasks]
-        if len(unfinished) >= self._most or unfinished.count(flow) >= self._most_of_flow:
-            self._refused.inc()
-            raise errors.JobsFull(
-                f"{len(unfinished)} of {self._most} asynchronous requests have not ended: try again later",
-                headers={"Retry-After": "1"},
-            )
+        own = [kept for kept in self._tasks if kept.params.flow == flow]
+        bounds = ((list(self._tasks), self._most, ""), (own, self._most_of_flow, " of this API key"))
+        for unfinished, most, whose in bounds:
+            if len(unfinished) >= most:
+                self._refused.inc()
+                raise errors.JobsFull(
+                    f"{len(unfinished)} of {most} asynchronous requests{whose} have not ended: try again later",
+                    headers={"Retry-After": str(max(1, math.ceil(min(map(_left_s, unfinished)))))},
+                )
 
     def add(self, engine: Engine, params: GenerateParams, work: Coroutine[None, None, Answer]) -> Kept:
         """Keeps a request that an engine has accepted; `work` waits for its end."""
@@ -152,3 +155,9 @@ class Jobs:
                 of_flow[kept.params.flow] += 1 if len(ended) > self._most else kept.size
             ((flow, _),) = of_flow.most_common(1)
             self.remove(next(kept for kept in ended if kept.params.flow == flow))
+
+
+def _left_s(kept: Kept) -> float:
+    """Seconds until an unfinished one has been drawn."""
+    progress = kept.engine.progress(kept.params.request_id, kept.params.flow)
+    return progress.eta_s if progress else 0.0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
@@ -35,7 +35,10 @@ class Sampling(_Body):
     deadline_ms: Annotated[
         int | None,
         Field(
-            ge=1, le=86_400_000, description="429 at once if it cannot be met, 504 if it passes; absent: no deadline."
+            ge=1,
+            le=86_400_000,
+            description="At once 422 if no idle service could meet it, 429 if this one cannot now; 504 if it passes; "
+            "absent: no deadline.",
         ),
     ] = None
 
@@ -61,7 +64,7 @@ class GenerateRequest(Sampling):
     scale: Annotated[int, Field(ge=1, le=MOST_SCALE, description="Nearest-neighbour enlargement.")] = 1
     response_format: Annotated[
         Literal["png", "b64_json", "apng", "webp", "npz"] | None,
-        Field(description="Decides against Accept; the last three with frames."),
+        Field(description="Decides against Accept. With frames: apng (png is the same), webp, npz."),
     ] = None
     previews: Annotated[
         int | None,
@@ -207,6 +210,7 @@ class NoiseResponse(_Body):
 
 
 Body = TypeVar("Body", bound=BaseModel)
+BRANCHES = ("one", "list")  # of the union that a label is
 
 
 def parse(body: bytes, schema: type[Body]) -> Body:
@@ -229,14 +233,12 @@ def parse_fields(fields: Mapping[str, object], schema: type[Body]) -> Body:
 
 def _describe(error: Any, schema: type[BaseModel]) -> dict[str, str]:
     """One pydantic error as {field, detail}; a union's branches are left out of the field's name."""
-    path = [
-        str(p)
-        for p in error["loc"]
-        if isinstance(p, int) or p in schema.model_fields or error["type"] == "extra_forbidden"
-    ]
+    unknown = error["type"] == "extra_forbidden"
+    path = [str(part) for part in error["loc"] if unknown or part not in BRANCHES]
     message: str = error["msg"]
-    if error["type"] == "extra_forbidden":
-        message = f"unknown field; known: {', '.join(schema.model_fields)}"
+    if unknown:
+        known = ", ".join(_at(schema, error["loc"][:-1]).model_fields)
+        message = f"unknown field; known: {known}" if known else "unknown field; there is none to give here"
     elif error["type"] == "string_pattern_mismatch" and path == ["t"]:
         message = "must be one timestep or several, comma-separated: 0,250,999"
     elif error["type"] == "json_invalid":
@@ -245,3 +247,17 @@ def _describe(error: Any, schema: type[BaseModel]) -> dict[str, str]:
         name, _, message = message.removeprefix("Value error, ").partition(": ")
         path = [name]
     return {"field": ".".join(path) or "body", "detail": message}
+
+
+def _at(schema: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
+    """The body within a body that a path leads to."""
+    for part in path:
+        if isinstance(part, str):
+            schema = _body_in(schema.model_fields[part].annotation) or schema
+    return schema
+
+
+def _body_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _body_in(part))), None)

@@ -27,12 +27,13 @@ class ImagesRequest(Sampling):
     size: Annotated[
         str | None,
         Field(
-            pattern=r"^(auto|\d{1,5}x\d{1,5})$",
+            max_length=20,
             description='"auto", the model\'s own, or a multiple of it: 28x28, 56x56, ... 448x448.',
         ),
     ] = None
     response_format: Annotated[
-        Literal["b64_json", "url"] | None, Field(description="b64_json where absent; a url is good for ever.")
+        Literal["b64_json", "url"] | None,
+        Field(description="b64_json where absent. A url is that of GET /images/..., and of these weights."),
     ] = None
     stream: Annotated[bool | None, Field(description="Events, of one image.")] = None
     partial_images: Annotated[

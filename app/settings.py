@@ -206,5 +206,6 @@ class Settings(BaseSettings):
 def wrong(error: ValidationError) -> list[str]:
     """What is wrong with settings, a line each."""
     return [
-        "".join(f"DDPM_{field}: ".upper() for field in e["loc"]) + e["msg"] for e in error.errors(include_url=False)
+        "".join(f"DDPM_{field}: ".upper() for field in e["loc"]) + e["msg"].removeprefix("Value error, ")
+        for e in error.errors(include_url=False)
     ]

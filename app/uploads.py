@@ -37,12 +37,14 @@ class Budget:
         def take(amount: int) -> None:
             nonlocal mine
             with self._lock:
-                if self.taken + amount > self.limit or self._flows[flow] + amount > self.of_flow:
-                    self._metrics.refused.labels(self._full.reason).inc()
-                    raise self._full(
-                        f"other requests hold {self.taken - mine:,} of {self.limit:,} {self.what}: try again later",
-                        headers={"Retry-After": "1"},
-                    )
+                of_flow = (self._flows[flow], self.of_flow, " of this API key")
+                for taken, limit, whose in ((self.taken, self.limit, ""), of_flow):
+                    if taken + amount > limit:
+                        self._metrics.refused.labels(self._full.reason).inc()
+                        raise self._full(
+                            f"other requests{whose} hold {taken - mine:,} of {limit:,} {self.what}: try again later",
+                            headers={"Retry-After": "1"},
+                        )
                 self.taken += amount
                 self._flows[flow] += amount
                 mine += amount

@@ -58,5 +58,5 @@ def admit(
         alone = Scheduler().left_of_new(params.flow, params.images)
         alone_s = step_time.finish_s(*alone, rows_limit, lately=False)
         if slots or alone_s > params.deadline_s:  # an idle engine may have become faster than it was lately
-            raise DeadlineTooSoon(needed_s, alone_s)
+            raise DeadlineTooSoon(needed_s, min(alone_s, needed_s))
     return needed_s

@@ -14,6 +14,7 @@ from ddpm_core import __version__
 router = APIRouter(tags=["models"])
 
 
+@router.head("/capabilities", include_in_schema=False)
 @router.get("/capabilities", responses=problems(503))
 async def capabilities(request: Request) -> Capabilities:
     """The models, the samplers of each, and the limits of this deployment."""

@@ -26,13 +26,13 @@ def served(request: Request, model: str | None) -> tuple[Engine, ModelInfo]:
     """A model by its name or id, None being the default, and its engine.
 
     Raises:
-        Unavailable, NotFound.
+        Unavailable, NoSuchModel.
     """
     check_ready(request)
     engines: Engines = request.app.state.engines
     engine = engines.find(model)
     if engine is None:
         there = ", ".join(info.id for info in engines.infos)
-        raise errors.NotFound(f"model {model} is not served here; served: {there}")
+        raise errors.NoSuchModel(f"model {model} is not served here; served: {there}")
     assert engine.info is not None
     return engine, engine.info

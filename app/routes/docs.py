@@ -18,6 +18,6 @@ POLICY = (
 @router.get("/docs")
 async def docs(request: Request) -> Response:
     """Swagger UI of /openapi.json."""
-    page = get_swagger_ui_html(openapi_url="/openapi.json", title=request.app.title)
+    page = get_swagger_ui_html(openapi_url="openapi.json", title=request.app.title)
     page.headers["Content-Security-Policy"] = POLICY
     return page

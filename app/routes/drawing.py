@@ -198,9 +198,10 @@ async def respond(
         jobs.remove(kept)
         return kept.response()
     state = state_of(kept, jobs)
-    headers |= {
+    accepted = {
+        **headers,
         "Location": LOCATION.format(request_id=params.request_id),
         "Preference-Applied": "respond-async",
         "Retry-After": str(max(1, math.ceil(state.eta_s))),
     }
-    return JSONResponse(state.model_dump(mode="json"), 202, headers)
+    return JSONResponse(state.model_dump(mode="json"), 202, accepted)

@@ -36,7 +36,8 @@ MODEL, VERSION = "/models/{model}", "/models/{model}/versions/{version}"
 EXAMPLE = {"inputs": [{"name": "seed", "shape": [2], "datatype": "INT64", "data": [1, 9]}]}
 
 
-def _served(request: Request, model: str, version: str | None) -> tuple[Engine, ModelInfo]:
+def _served(request: Request, model: str) -> tuple[Engine, ModelInfo]:
+    version = request.path_params.get("version")  # no parameter of the operations, whose paths without one have none
     return served(request, model if version is None else f"{model}@{version}")
 
 
@@ -48,9 +49,9 @@ async def server_metadata() -> ServerMetadata:
 
 @router.get(MODEL, responses=problems(404, 503))
 @router.get(VERSION, include_in_schema=False)
-async def model_metadata(request: Request, model: Model, version: str | None = None) -> ModelMetadata:
+async def model_metadata(request: Request, model: Model) -> ModelMetadata:
     """What a model takes and gives. Its one version is the first 12 digits of its weights' sha256."""
-    _, info = _served(request, model, version)
+    _, info = _served(request, model)
     names = ["seed", "label"] if info.num_classes else ["seed"]
     return ModelMetadata(
         name=info.name,
@@ -63,9 +64,9 @@ async def model_metadata(request: Request, model: Model, version: str | None = N
 
 @router.get(MODEL + "/ready", response_class=Response, responses=problems(404, 503))
 @router.get(VERSION + "/ready", include_in_schema=False)
-async def model_ready(request: Request, model: Model, version: str | None = None) -> Response:
+async def model_ready(request: Request, model: Model) -> Response:
     """Whether new work for a model is welcome."""
-    _served(request, model, version)
+    _served(request, model)
     return Response()
 
 
@@ -76,9 +77,9 @@ async def model_ready(request: Request, model: Model, version: str | None = None
     openapi_extra=json_body(InferenceRequest, EXAMPLE),
 )
 @router.post(VERSION + "/infer", include_in_schema=False)
-async def infer(request: Request, model: Model, version: str | None = None) -> Response:
+async def infer(request: Request, model: Model) -> Response:
     """Draws an image for each seed, as /generate does, and answers with their pixels."""
-    engine, info = _served(request, model, version)
+    engine, info = _served(request, model)
     settings = request.app.state.settings
     body = parse(await read_json(request, settings.max_json_bytes), InferenceRequest)
     seeds, labels = _tensors(body)

@@ -152,6 +152,7 @@ def _described(request: Request, info: ModelInfo) -> OpenAIModel:
     return OpenAIModel(id=info.name, created=request.app.state.started)
 
 
+@router.head("/models", include_in_schema=False)
 @router.get("/models", responses=problems(503))
 async def openai_models(request: Request) -> OpenAIModels:
     """What `model` may be."""
@@ -160,6 +161,7 @@ async def openai_models(request: Request) -> OpenAIModels:
     return OpenAIModels(data=[_described(request, info) for info in engines.infos])
 
 
+@router.head("/models/{model}", include_in_schema=False)
 @router.get("/models/{model}", responses=problems(404, 503))
 async def openai_model(request: Request, model: str) -> OpenAIModel:
     """One of them."""

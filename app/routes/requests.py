@@ -64,6 +64,7 @@ def _none(request_id: str) -> errors.NotFound:
     return errors.NotFound(f"no request {request_id} is in flight, and no result of it is kept")
 
 
+@router.head(LOCATION, include_in_schema=False)
 @router.get(LOCATION, responses=problems(404))
 async def request_state(request: Request, request_id: str) -> RequestState:
     """How far one's own request is, asynchronous or not."""

@@ -31,7 +31,7 @@ router = APIRouter(tags=["images"])
 @router.post(
     "/verify",
     responses=problems(408, 409, 410, 413, 415, 429, 503),
-    openapi_extra={"requestBody": form_schema(VerifyRequest)},
+    openapi_extra={"requestBody": form_schema(VerifyRequest, "PNG")},
 )
 async def verify(request: Request) -> VerifyResponse:
     """Draws a picture anew by what its text chunk says, and compares the pixels."""

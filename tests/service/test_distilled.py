@@ -62,4 +62,4 @@ def test_what_the_network_was_not_trained_for_is_refused(
         response = service.request(
             "POST", "/denoise", files={"image": ("upload", image.getvalue())}, data={"t": "500", "sampler": sampler}
         )
-        assert "cannot start at an image" in json.dumps(assert_problem(response, 422, "sampler"))
+        assert "cannot start at an image" in json.dumps(assert_problem(response, 422, "model"))

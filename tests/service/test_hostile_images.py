@@ -22,7 +22,7 @@ from app import images
 from tests.service.conftest import Service, assert_problem, encode
 
 MIB = 2**20
-QUICK_S = 10.0  # on a busy machine; the harm would be minutes
+QUICK_S = 30.0  # on a busy machine; the harm would be minutes
 NOISY = Image.effect_noise((40, 30), 50)
 KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 

@@ -57,6 +57,7 @@ def test_the_result_is_what_the_request_would_have_answered(service: Service, ac
     result, direct = service.request("GET", done["result"]), service.generate(BODY, accept=accept)
     assert result.headers["content-type"] == accept
     assert (result.headers["x-seed"], result.headers["x-model"]) == ("5", direct.headers["x-model"])
+    assert set(result.headers) == set(direct.headers)
     if accept != "application/json":  # which has its own time
         assert result.content == direct.content
     assert service.request("GET", done["result"]).content == result.content  # as often as one likes
@@ -251,6 +252,31 @@ def test_those_that_have_not_ended_are_bounded_too(
         hold.set()
 
     held(service, hold, work)
+
+
+def test_of_several_keys_each_has_a_bound_of_its_own(
+    make_service: Callable[..., Service], hold: threading.Event
+) -> None:
+    alice, bob = ({"x-api-key": f"{name}-0123456789abcdef"} for name in ("alice", "bob"))
+    service = make_service(jobs=2, api_keys=f"{alice['x-api-key']},{bob['x-api-key']}")
+
+    async def work() -> None:
+        body = {"n": 64, "steps": 900, "sampler": "ddpm"}
+        asked = [await service.client.post("/generate", json=body, headers={**ASYNC, **alice}) for _ in range(2)]
+        assert [response.status_code for response in asked] == [202, 429]
+        assert "1 of 1 asynchronous requests of this API key" in assert_problem(asked[1], 429)["detail"]
+        assert int(asked[1].headers["retry-after"]) > 1  # as long as hers needs
+        assert (await service.client.post("/generate", json=BODY, headers={**ASYNC, **bob})).status_code == 202
+        await service.client.delete(asked[0].headers["location"], headers=alice)
+        hold.set()
+
+    held(service, hold, work)
+
+
+def test_its_state_can_be_asked_for_by_head(service: Service) -> None:
+    location = start(service).headers["location"]
+    assert service.request("HEAD", location).status_code == 200
+    assert service.request("HEAD", f"{location}-not").status_code == 404
 
 
 def test_a_kept_id_is_nobody_else_s(service: Service) -> None:

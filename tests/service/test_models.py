@@ -226,3 +226,23 @@ def test_inference_draws_the_same_pixels_as_generate(two: Service) -> None:
 )
 def test_inference_that_cannot_be_is_422_and_named(two: Service, body: object, field: str) -> None:
     assert_problem(infer(two, body), 422, field)
+
+
+@pytest.mark.parametrize(
+    ("change", "parameters", "field", "said"),
+    [
+        ({}, {"priority": 1}, "parameters.priority", "unknown field; known: sampler, steps, eta"),
+        ({}, {"steps": 0}, "parameters.steps", "greater than or equal to 1"),
+        ({"kind": 1}, {}, "inputs.0.kind", "unknown field; known: name, shape, datatype"),
+        ({"datatype": "INT32"}, {}, "inputs.0.datatype", "should be 'INT64'"),
+        ({"shape": [1, 1]}, {}, "inputs.0.shape", "at most 1 item"),
+        ({"data": [2**53]}, {}, "inputs.0.data.0", "less than or equal"),
+    ],
+)
+def test_what_is_wrong_within_is_named_by_its_whole_path(
+    two: Service, change: dict[str, object], parameters: dict[str, object], field: str, said: str
+) -> None:
+    body = {"inputs": [{**tensor("seed", 1), **change}], "parameters": parameters}
+    (error,) = assert_problem(infer(two, body), 422)["errors"]
+    assert error["field"] == field
+    assert said in error["detail"]

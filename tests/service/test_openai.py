@@ -100,13 +100,20 @@ def test_errors_are_the_package_s_own(it: Server, client: openai.OpenAI) -> None
     """Each is a problem too."""
     with pytest.raises(openai.UnprocessableEntityError) as unclear:
         client.images.generate(prompt="a cat")
-    assert unclear.value.param == "prompt"
+    assert (unclear.value.type, unclear.value.code, unclear.value.param) == (
+        "invalid_request_error",
+        "invalid",
+        "prompt",
+    )
     assert "zero .. nine" in unclear.value.message
     assert unclear.value.response.headers["content-type"] == "application/problem+json"
-    with pytest.raises(openai.NotFoundError, match="model dall-e-3 is not served here"):
+    with pytest.raises(openai.NotFoundError, match="model dall-e-3 is not served here") as missing:
         client.images.generate(prompt="7", model="dall-e-3")
+    assert missing.value.code == "model_not_found"
     with pytest.raises(openai.UnprocessableEntityError, match="28x28, 56x56"):
         client.images.generate(prompt="7", size="1024x1024")
+    with pytest.raises(openai.UnprocessableEntityError, match="28x28, 56x56"):
+        client.images.generate(prompt="7", size="large")  # type: ignore[call-overload]
     with pytest.raises(openai.UnprocessableEntityError, match="quality"):
         client.images.generate(prompt="7", quality="hd")
     with (

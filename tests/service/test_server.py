@@ -53,7 +53,7 @@ def test_a_client_that_leaves_while_it_sends_is_no_error(model_dir: Path) -> Non
         ({"model": "/nonexistent"}, "no model directory at /nonexistent"),
         ({"port": "x"}, "DDPM_PORT"),
         ({"drain_s": "inf"}, "DDPM_DRAIN_S"),
-        ({"queue_slots": "3"}, "DDPM_QUEUE_SLOTS=3 must be at least"),
+        ({"queue_slots": "3"}, "error: DDPM_QUEUE_SLOTS=3 must be at least"),
         ({"api_keys": "short-secret"}, "DDPM_API_KEYS: key 1 must be"),
     ],
 )
@@ -176,7 +176,7 @@ def test_a_port_in_use_ends_it_soon(model_dir: Path, running: Server) -> None:
 def test_draining_keeps_the_door_open_until_accepted_work_is_done(model_dir: Path) -> None:
     """New work gets 503 on a new connection, probes answer, what was accepted is served, and the exit code is 0."""
     with server(model=model_dir) as it, ThreadPoolExecutor(1) as pool:
-        accepted = pool.submit(it.post, "/generate", json={"n": 64, "steps": 250})
+        accepted = pool.submit(it.post, "/generate", json={"n": 64, "steps": 120})
         until(lambda: it.metric("slots_running") > 0, "the request never ran")
         it.process.send_signal(signal.SIGTERM)
         until(lambda: it.get("/readyz").status_code == 503, "it does not drain", 5)

@@ -152,6 +152,10 @@ def test_facts_that_cannot_be_are_422(service: Service, change: dict[str, object
 def test_pictures_that_say_nothing_are_422(service: Service) -> None:
     for content in (encode_grey(), encode(Image.new("L", (28, 28)), "JPEG"), b"x", b""):
         assert_problem(ask(service, content), 422, "image")
+    jpeg = assert_problem(ask(service, encode(Image.new("L", (28, 28)), "JPEG")), 422)
+    assert "not an image of a supported format (PNG)" in jpeg["detail"]
+    other = service.request("POST", "/verify", files={"image": ("x", encode_grey())}, data={"t": "1"})
+    assert "there is none to give here" in assert_problem(other, 422, "t")["detail"]
     assert "no text chunk" in assert_problem(ask(service, encode_grey()), 422)["detail"]
 
 

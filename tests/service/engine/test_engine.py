@@ -25,6 +25,7 @@ from app.engine.request import (
     Start,
 )  # fmt: skip
 from app.engine.runner import Runner
+from app.engine.steptime import StepTime
 from ddpm_core.checkpoint import Model
 from ddpm_core.noise import noise
 from ddpm_core.sampling import sample
@@ -335,6 +336,7 @@ def test_a_full_queue_refuses_before_it_accepts(make_engine: Make) -> None:
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once(make_engine: Make) -> None:
     stepped = make_engine()
+    stepped.engine.step_time = StepTime([(1, 0.001), (8, 0.004)])  # whatever else the machine does
     alone_s = 1000 * stepped.engine.step_time.seconds(1)
     with pytest.raises(DeadlineTooSoon) as refused:
         stepped.submit("a", steps=1000, deadline_s=alone_s / 2)
