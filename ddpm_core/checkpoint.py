@@ -221,9 +221,8 @@ def load_model(directory: Path, name: str | None = None) -> Model:
         raise CheckpointError(f"{directory} is no model directory that can be read: {error.strerror}") from error
     if "model_index.json" in entries:
         _check_components(directory / "model_index.json")
-    nested = "unet" in entries
-    unet_dir = directory / "unet" if nested else directory
-    scheduler_dir = directory / "scheduler" if nested else directory
+    unet_dir = unet_folder(directory)
+    scheduler_dir = directory if unet_dir == directory else directory / "scheduler"
     config_path, scheduler_path = unet_dir / "config.json", scheduler_dir / "scheduler_config.json"
     fields = read_json(config_path)
     try:
@@ -259,6 +258,11 @@ def load_model(directory: Path, name: str | None = None) -> Model:
     sha256 = hashlib.sha256(content).hexdigest()
     plans = _learned_plans(directory / learned.PLANS_NAME, sha256)
     return Model(name or directory.resolve().name, sha256, net, scheduler, schedule, unet_dir / GRAPH_NAME, plans)
+
+
+def unet_folder(directory: Path) -> Path:
+    """Where a model directory has its network: in unet/, or flat."""
+    return unet if (unet := directory / "unet").exists() else directory
 
 
 def _check_components(path: Path) -> None:
