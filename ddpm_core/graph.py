@@ -9,6 +9,8 @@ convolutions and features are not transposed. docs/log.md has the figures.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from typing import cast
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 
 from ddpm_core.unet import Attention, ResnetBlock2D, UNet
 
-FORM = "2"  # of the graphs made here, written into each: raise it when what they consist of changes
+FORM = "3"  # of the graphs made here, written into each: raise it when what they consist of changes
 
 
 class _GroupNorm(nn.Module):
@@ -109,6 +111,12 @@ def _rewrite(module: nn.Module) -> None:
             _rewrite(child)
 
 
+def facts(net: UNet, weights_sha256: str) -> dict[str, str]:
+    """What is written into a network's graph: its form, and of which weights and config it is made."""
+    config = json.dumps(net.config.to_dict(), sort_keys=True).encode()
+    return {"form": FORM, "weights_sha256": weights_sha256, "config_sha256": hashlib.sha256(config).hexdigest()}
+
+
 def example(net: UNet, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Inputs of a call, the same each time."""
     generator = torch.Generator().manual_seed(0)
@@ -132,6 +140,6 @@ def export_graph(net: UNet, weights_sha256: str) -> bytes:
             input_names=list(inputs), output_names=["output"], dynamic_shapes=tuple({0: rows} for _ in inputs),
         )  # fmt: skip
     assert program is not None
-    program.model.metadata_props.update({"weights_sha256": weights_sha256, "form": FORM})
+    program.model.metadata_props.update(facts(net, weights_sha256))
     content: bytes = program.model_proto.SerializeToString()
     return content
