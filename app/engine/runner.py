@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from app.engine.request import GenerateParams, ModelInfo, Start
-from ddpm_core import data, hub, record
-from ddpm_core.checkpoint import CheckpointError, Model, load_model, unet_folder, verify
+from ddpm_core import data, hub, layout, record
+from ddpm_core.checkpoint import CheckpointError, Model, load_model, verify
 from ddpm_core.diffusion import q_sample
 from ddpm_core.network import Network, OnnxNetwork, Padded, flops, pick_device
 from ddpm_core.noise import noise
@@ -30,9 +30,9 @@ def read(reference: str, sha256: str | None = None) -> Model:
     directory = hub.locate(reference)
     model = load_model(directory, hub.name_of(reference))
     if (channels := model.config.in_channels) not in (1, 3):
+        path = layout.unet_folder(directory) / "config.json"
         raise CheckpointError(
-            f"{unet_folder(directory) / 'config.json'}: in_channels={channels} is not supported: the service makes "
-            "grey or RGB pictures; supported: 1, 3"
+            f"{path}: in_channels={channels} is not supported: the service makes grey or RGB pictures; supported: 1, 3"
         )
     verify(directory, model, sha256)
     return dataclasses.replace(model, class_names=record.class_names(directory, model))
