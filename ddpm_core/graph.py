@@ -56,16 +56,17 @@ class _Attention(nn.Module):
         self.norm = _GroupNorm(norm) if isinstance(norm, nn.GroupNorm) else norm
         self.heads, self.scale = attention.heads, attention.scale
         q, k, v = attention.to_q, attention.to_k, attention.to_v
+        self.inner = v.out_features
         self.in_weight, self.in_bias = _side_by_side((q, k, v), ((q.out_features / self.heads) ** -0.5, 1, 1))
         self.out_weight, self.out_bias = _side_by_side([cast(nn.Linear, attention.to_out[0])], [1])
 
     def forward(self, x: Tensor) -> Tensor:
-        _, channels, height, width = x.shape
+        height, width = x.shape[2:]
         qkv = F.conv2d(self.norm(x), self.in_weight[:, :, None, None], self.in_bias)
-        qkv = qkv.reshape(-1, 3 * self.heads, channels // self.heads, height * width)
-        q, k, v = qkv.chunk(3, dim=1)  # (B, heads, C / heads, positions)
+        qkv = qkv.reshape(-1, 3 * self.heads, self.inner // self.heads, height * width)
+        q, k, v = qkv.chunk(3, dim=1)  # (B, heads, inner / heads, positions)
         weights = torch.softmax(torch.matmul(q.transpose(2, 3), k), dim=-1)
-        mixed = torch.matmul(v, weights.transpose(2, 3)).reshape(-1, channels, height, width)
+        mixed = torch.matmul(v, weights.transpose(2, 3)).reshape(-1, self.inner, height, width)
         out: Tensor = (x + F.conv2d(mixed, self.out_weight[:, :, None, None], self.out_bias)) / self.scale
         return out
 

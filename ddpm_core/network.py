@@ -67,7 +67,8 @@ def flops(net: UNet) -> int:
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             found += 2 * out.numel() * module.weight[0].numel()
         elif isinstance(module, Attention):
-            found += 2 * 2 * out.numel() * out[0, 0].numel()  # q with every k, and that with every v
+            per_pair = 2 * 2 * module.to_v.out_features  # q with every k, and that with every v
+            found += len(out) * out[0, 0].numel() ** 2 * per_pair
 
     hooks = [module.register_forward_hook(count) for module in net.modules()]
     try:

@@ -171,7 +171,7 @@ def test_a_schedule_that_ends_without_signal_is_refused_for_epsilon_alone(model_
         ("downsample_padding", 2),
         ("resnet_time_scale_shift", "spatial"),
         ("norm_num_groups", 3),
-        ("attention_head_dim", 5),
+        ("attention_head_dim", 9),
         ("attn_norm_num_groups", 3),
         ("sample_size", None),
         ("sample_size", "8"),

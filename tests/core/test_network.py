@@ -36,7 +36,7 @@ def small_net(seed: int) -> UNet:
     return net.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("heads", [None, 4])
+@pytest.mark.parametrize("heads", [None, 4, 3])
 @pytest.mark.parametrize("attention", ["", "Attn"])
 def test_operations_are_counted_as_torch_does(heads: int | None, attention: str) -> None:
     config = UNetConfig(
