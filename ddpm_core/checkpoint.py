@@ -3,9 +3,9 @@
     <model>/model_index.json  unet/config.json  unet/diffusion_pytorch_model.safetensors
             scheduler/scheduler_config.json
 
-The old flat layout (config.json, *.safetensors and scheduler_config.json side by side) is read too, and what older
-revisions wrote (legacy.py). Nothing but these files is read, and none is run. Every config field is honoured or refused
-by its name.
+The old flat layout (config.json, *.safetensors and scheduler_config.json side by side) is read too (layout.py), and
+what older revisions wrote (legacy.py). Nothing but these files is read, and none is run. Every config field is honoured
+or refused by its name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from ddpm_core import learned, legacy, samplers, weights
+from ddpm_core import layout, learned, legacy, samplers, weights
 from ddpm_core.denoiser import Denoiser, Thresholding
 from ddpm_core.graph import export_graph
 from ddpm_core.network import GraphError, Network, OnnxNetwork, TorchNetwork
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 
 CARD_NAME = "card.json"  # of a model directory: what was measured of its weights
 GRAPH_NAME = "model.onnx"  # beside the weights: the network for ONNX Runtime
-COMPONENTS = ("unet", "scheduler", "noise_scheduler")  # of a pipeline that we run, in model_index.json
 
 
 class CheckpointError(ValueError):
@@ -203,7 +202,7 @@ def save_model(
 
 
 def load_model(directory: Path, name: str | None = None) -> Model:
-    """Reads a model directory, nested or flat.
+    """Reads a model directory, of any layout.
 
     Args:
         directory: where it lies.
@@ -220,19 +219,21 @@ def load_model(directory: Path, name: str | None = None) -> Model:
     except OSError as error:
         raise CheckpointError(f"{directory} is no model directory that can be read: {error.strerror}") from error
     if "model_index.json" in entries:
-        _check_components(directory / "model_index.json")
-    nested = "unet" in entries
-    unet_dir = directory / "unet" if nested else directory
-    scheduler_dir = directory / "scheduler" if nested else directory
-    config_path, scheduler_path = unet_dir / "config.json", scheduler_dir / "scheduler_config.json"
-    fields = read_json(config_path)
+        check_components(directory / "model_index.json")
+    unet_dir, scheduler_path = layout.unet_folder(directory), layout.scheduler_file(directory)
+    config_path = unet_dir / "config.json"
+    fields = read_json(config_path, f"is {directory} a directory that diffusers saved, or one above it?")
     try:
         config = UNetConfig.from_dict(legacy.unet_fields(fields))
         _ = config.image_shape
         net = UNet(config)
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:  # torch raises the latter two for any size
         raise CheckpointError(f"{config_path}: {error}") from error
-    fields = read_json(scheduler_path)
+    fields = read_json(
+        scheduler_path,
+        "save the scheduler that the network was trained with, "
+        f'`DDPMScheduler(...).save_pretrained("{directory / "scheduler"}")`',
+    )
     try:
         scheduler = SchedulerConfig.from_dict(legacy.scheduler_fields(fields))
         schedule = scheduler.schedule()
@@ -261,14 +262,13 @@ def load_model(directory: Path, name: str | None = None) -> Model:
     return Model(name or directory.resolve().name, sha256, net, scheduler, schedule, unet_dir / GRAPH_NAME, plans)
 
 
-def _check_components(path: Path) -> None:
-    """Raises CheckpointError where a pipeline has parts between its network and its images, as latent ones do."""
-    for part, what in read_json(path).items():
-        if not part.startswith("_") and part not in COMPONENTS and what not in (None, [None, None]):
-            raise CheckpointError(
-                f"{path}: component {part!r} is not supported: only a U-Net in the space of its images is; "
-                f"supported: {', '.join(COMPONENTS)}"
-            )
+def check_components(path: Path) -> None:
+    """Raises CheckpointError where a model_index.json has a component that is not supported."""
+    index = read_json(path)
+    try:
+        layout.check_components(index)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _check_fit(config: UNetConfig, scheduler: SchedulerConfig) -> None:
@@ -334,11 +334,13 @@ def _learned_plans(path: Path, sha256: str) -> dict[int, SamplingPlan]:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError where it is missing or is none."""
+def read_json(path: Path, if_missing: str = "") -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError where it is none, or is missing: then with what mends that."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
+        if if_missing and isinstance(error, FileNotFoundError):
+            raise CheckpointError(f"{path} is missing: {if_missing}") from error
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error

@@ -9,6 +9,8 @@ convolutions and features are not transposed. docs/log.md has the figures.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from typing import cast
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 
 from ddpm_core.unet import Attention, ResnetBlock2D, UNet
 
-FORM = "2"  # of the graphs made here, written into each: raise it when what they consist of changes
+FORM = "3"  # of the graphs made here, written into each: raise it when what they consist of changes
 
 
 class _GroupNorm(nn.Module):
@@ -54,16 +56,17 @@ class _Attention(nn.Module):
         self.norm = _GroupNorm(norm) if isinstance(norm, nn.GroupNorm) else norm
         self.heads, self.scale = attention.heads, attention.scale
         q, k, v = attention.to_q, attention.to_k, attention.to_v
+        self.inner = v.out_features
         self.in_weight, self.in_bias = _side_by_side((q, k, v), ((q.out_features / self.heads) ** -0.5, 1, 1))
         self.out_weight, self.out_bias = _side_by_side([cast(nn.Linear, attention.to_out[0])], [1])
 
     def forward(self, x: Tensor) -> Tensor:
-        _, channels, height, width = x.shape
+        height, width = x.shape[2:]
         qkv = F.conv2d(self.norm(x), self.in_weight[:, :, None, None], self.in_bias)
-        qkv = qkv.reshape(-1, 3 * self.heads, channels // self.heads, height * width)
-        q, k, v = qkv.chunk(3, dim=1)  # (B, heads, C / heads, positions)
+        qkv = qkv.reshape(-1, 3 * self.heads, self.inner // self.heads, height * width)
+        q, k, v = qkv.chunk(3, dim=1)  # (B, heads, inner / heads, positions)
         weights = torch.softmax(torch.matmul(q.transpose(2, 3), k), dim=-1)
-        mixed = torch.matmul(v, weights.transpose(2, 3)).reshape(-1, channels, height, width)
+        mixed = torch.matmul(v, weights.transpose(2, 3)).reshape(-1, self.inner, height, width)
         out: Tensor = (x + F.conv2d(mixed, self.out_weight[:, :, None, None], self.out_bias)) / self.scale
         return out
 
@@ -109,6 +112,12 @@ def _rewrite(module: nn.Module) -> None:
             _rewrite(child)
 
 
+def facts(net: UNet, weights_sha256: str) -> dict[str, str]:
+    """What is written into a network's graph: its form, and of which weights and config it is made."""
+    config = json.dumps(net.config.to_dict(), sort_keys=True).encode()
+    return {"form": FORM, "weights_sha256": weights_sha256, "config_sha256": hashlib.sha256(config).hexdigest()}
+
+
 def example(net: UNet, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Inputs of a call, the same each time."""
     generator = torch.Generator().manual_seed(0)
@@ -132,6 +141,6 @@ def export_graph(net: UNet, weights_sha256: str) -> bytes:
             input_names=list(inputs), output_names=["output"], dynamic_shapes=tuple({0: rows} for _ in inputs),
         )  # fmt: skip
     assert program is not None
-    program.model.metadata_props.update({"weights_sha256": weights_sha256, "form": FORM})
+    program.model.metadata_props.update(facts(net, weights_sha256))
     content: bytes = program.model_proto.SerializeToString()
     return content

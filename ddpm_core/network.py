@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_core.graph import FORM, example
+from ddpm_core.graph import example, facts
 from ddpm_core.unet import Attention, UNet
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -26,11 +26,16 @@ Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 THREADS = torch.get_num_threads()  # as the process began: whoever uses a graph may want torch to have fewer later
 onnxruntime.set_global_thread_pool_sizes(THREADS, 1)  # pools of several graphs would spin on the same cores
 MOST_ROWS = 32  # of one run of a graph: with more a row takes longer, 1.1 times at 64 and 1.2 at 250 (docs/log.md)
+OTHERWISE = {  # what a graph is where a fact of graph.facts is not its network's
+    "weights_sha256": "was made of other weights",
+    "config_sha256": "was made by another config.json",
+    "form": "is of another version's form",
+}
 CLOSE = 1e-4  # how far a graph's output may be from torch's, relative to the largest; a right one is 1e-5 away
 
 
 class GraphError(ValueError):
-    """A graph that is not the network: of other weights or another version, damaged, or computing something else."""
+    """A graph that is not the network: of other weights, another config or version, damaged, or computing another."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -62,7 +67,8 @@ def flops(net: UNet) -> int:
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             found += 2 * out.numel() * module.weight[0].numel()
         elif isinstance(module, Attention):
-            found += 2 * 2 * out.numel() * out[0, 0].numel()  # q with every k, and that with every v
+            per_pair = 2 * 2 * module.to_v.out_features  # q with every k, and that with every v
+            found += len(out) * out[0, 0].numel() ** 2 * per_pair
 
     hooks = [module.register_forward_hook(count) for module in net.modules()]
     try:
@@ -99,7 +105,8 @@ class OnnxNetwork:
     """The same U-Net as a graph, run by ONNX Runtime on the CPU, with as many threads as torch would have.
 
     Raises:
-        GraphError: the graph is damaged, was made of other weights, or does not compute what the network does.
+        GraphError: the graph is damaged, was made of other weights or by another config, or does not compute what the
+            network does.
     """
 
     def __init__(self, graph: bytes, net: UNet, weights_sha256: str) -> None:
@@ -107,17 +114,20 @@ class OnnxNetwork:
             self.session = cpu_session(graph)
         except Exception as error:  # its errors have no common base of their own
             raise GraphError(f"is damaged: {str(error).splitlines()[0]}") from error
-        facts = self.session.get_modelmeta().custom_metadata_map
-        if facts.get("weights_sha256") != weights_sha256:
-            raise GraphError("was made of other weights")
-        if facts.get("form") != FORM:
-            raise GraphError("is of another version's form")
+        found = self.session.get_modelmeta().custom_metadata_map
+        for fact, wanted in facts(net, weights_sha256).items():
+            if found.get(fact) != wanted:
+                raise GraphError(OTHERWISE[fact])
         self._check(net)
 
     def _check(self, net: UNet) -> None:
         """Compares one call with torch's."""
         inputs = example(net, rows=3)
-        ours, torchs = self(*inputs), TorchNetwork(net, torch.device("cpu"))(*inputs)
+        try:
+            ours = self(*inputs)
+        except Exception as error:  # as above
+            raise GraphError(f"cannot be run: {str(error).splitlines()[0]}") from error
+        torchs = TorchNetwork(net, torch.device("cpu"))(*inputs)
         if not torch.allclose(ours, torchs, rtol=0, atol=CLOSE * float(torchs.abs().max())):
             raise GraphError(f"differs from the network by {float((ours - torchs).abs().max()):.2g}")
 

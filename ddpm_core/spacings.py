@@ -39,7 +39,8 @@ def timesteps(
     if spacing == "trailing":
         t = np.round(np.arange(first + 1, 0, -(first + 1) / steps))[:steps] - 1
     elif spacing == "linspace":
-        t = np.linspace(first, 0, steps).round()
+        # From 0 up, as diffusers counts: from above, what lies near .5 rounds to another timestep.
+        t = np.linspace(0, first, steps).round()[::-1] if steps > 1 else np.array([first])
     elif spacing == "quadratic":
         rising = (np.linspace(np.sqrt(first), 0, steps) ** 2).round()[::-1]
         t = np.maximum(rising, np.arange(steps))[::-1]  # near 0 rounding would name some timesteps twice

@@ -51,11 +51,11 @@ class UNetConfig:
     layers_per_block: int = 2  # residual blocks a level on the way down; one more on the way up
     mid_block_scale_factor: float = 1.0
     downsample_padding: int = 1
-    downsample_type: str = "conv"  # of levels with attention; resnet: by a residual block
-    upsample_type: str = "conv"
+    downsample_type: str | None = "conv"  # of levels with attention; None: conv; resnet: by a residual block
+    upsample_type: str | None = "conv"
     dropout: float = 0.0
     act_fn: str = "silu"
-    attention_head_dim: int | None = 8  # None: one head as wide as the level
+    attention_head_dim: int | None = 8  # of as many heads as fit into the level; None: one as wide as it
     norm_num_groups: int = 32
     attn_norm_num_groups: int | None = None  # of the middle attention; None: norm_num_groups, no norm with scale_shift
     norm_eps: float = 1e-5
@@ -71,8 +71,8 @@ class UNetConfig:
         levels = len(self.block_out_channels)
         self._require("time_embedding_type", ("positional", "learned"), "fourier is of variance-exploding processes")
         self._require("mid_block_type", ("UNetMidBlock2D", None))
-        self._require("downsample_type", ("conv", "resnet"))
-        self._require("upsample_type", ("conv", "resnet"))
+        self._require("downsample_type", ("conv", "resnet", None))
+        self._require("upsample_type", ("conv", "resnet", None))
         self._require("resnet_time_scale_shift", ("default", "scale_shift"))
         self._require("class_embed_type", (None,), "what it embeds is no label of a known number")
         self._require("downsample_padding", (0, 1))
@@ -96,10 +96,10 @@ class UNetConfig:
             if channels % self.norm_num_groups:
                 raise ValueError(f"norm_num_groups={self.norm_num_groups} must divide block_out_channels ({channels})")
         for channels in self._attention_widths():
-            if self.attention_head_dim and channels % self.attention_head_dim:
+            if self.attention_head_dim and self.attention_head_dim > channels:
                 raise ValueError(
-                    f"attention_head_dim={self.attention_head_dim} must divide block_out_channels ({channels}) where "
-                    "there is attention"
+                    f"attention_head_dim={self.attention_head_dim} must be at most block_out_channels ({channels}) "
+                    "where there is attention"
                 )
         if self.attn_norm_num_groups and self.block_out_channels[-1] % self.attn_norm_num_groups:
             raise ValueError(
@@ -261,13 +261,15 @@ class Attention(nn.Module):
 
     def __init__(self, c: UNetConfig, channels: int, *, groups: int | None, scale: float = 1.0) -> None:
         super().__init__()
-        self.heads = channels // (c.attention_head_dim or channels)
+        dim = c.attention_head_dim or channels
+        self.heads = channels // dim
+        inner = self.heads * dim  # less than channels where dim does not divide them
         self.scale = scale
         self.group_norm = nn.GroupNorm(groups, channels, eps=c.norm_eps) if groups else nn.Identity()
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        out = nn.Linear(channels, channels)
+        self.to_q = nn.Linear(channels, inner)
+        self.to_k = nn.Linear(channels, inner)
+        self.to_v = nn.Linear(channels, inner)
+        out = nn.Linear(inner, channels)
         _zero(out)
         self.to_out = nn.ModuleList([out])
 
@@ -275,10 +277,9 @@ class Attention(nn.Module):
         b, ch, h, w = x.shape
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
         q, k, v = (
-            proj(tokens).view(b, h * w, self.heads, ch // self.heads).transpose(1, 2)
-            for proj in (self.to_q, self.to_k, self.to_v)
+            proj(tokens).view(b, h * w, self.heads, -1).transpose(1, 2) for proj in (self.to_q, self.to_k, self.to_v)
         )
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, ch)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         out = self.to_out[0](out).transpose(1, 2).reshape(b, ch, h, w)
         result: Tensor = (x + out) / self.scale
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ddpm_core.unet import UNet
 log = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+_VARIANT = re.compile(r"\.index\.(.+)\.json|diffusion_pytorch_model\.(.+?)(?:-\d+-of-\d+)?\.bin")  # in a file's name
 
 
 def find(folder: Path) -> Path:
@@ -27,11 +29,10 @@ def find(folder: Path) -> Path:
     path = folder / WEIGHTS_NAME
     if path.is_file():
         return path
-    save = f'UNet2DModel.from_pretrained("{folder}").save_pretrained("{folder}"'
-    if sorted(folder.glob("*.safetensors.index*.json")):
+    if indices := sorted(folder.glob(f"{WEIGHTS_NAME}.index*.json"), key=lambda index: len(index.name)):
         raise ValueError(
             f"{path} is missing: the weights are in several files. Write one with diffusers: "
-            f'`{save}, max_shard_size="100GB")`'
+            f"`{_conversion(indices[0])}`"
         )
     variants = sorted(folder.glob(WEIGHTS_NAME.replace(".", ".*.", 1)))
     if len(variants) == 1:
@@ -40,14 +41,27 @@ def find(folder: Path) -> Path:
     if variants:
         names = ", ".join(variant.name for variant in variants)
         raise ValueError(f"{path} is missing, and there are {names}: rename the one that is meant to it")
-    if pickled := sorted(folder.glob("*.bin")):
+    if pickled := sorted(folder.glob("diffusion_pytorch_model*.bin")):
         raise ValueError(
             f"{path} is missing: only safetensors weights are read, never pickled ones like {pickled[0].name}, which "
-            f"may run code. If you trust that file, convert it with diffusers: `{save}, safe_serialization=True)`"
+            f"may run code. If you trust that file, convert it with diffusers: `{_conversion(pickled[0])}`"
         )
     raise ValueError(
         f"{path} is missing: only safetensors weights are read, never pickled ones (.bin), which diffusers' "
         "from_pretrained and save_pretrained convert"
+    )
+
+
+def _conversion(file: Path) -> str:
+    """What writes one safetensors file of the weights that this file is of, in diffusers; by its name."""
+    found = _VARIANT.search(file.name)
+    arguments = [f'"{file.parent}"']
+    if found:
+        arguments.append(f'variant="{found[1] or found[2]}"')
+    if file.suffix == ".bin":
+        arguments.append("use_safetensors=False")
+    return (
+        f'UNet2DModel.from_pretrained({", ".join(arguments)}).save_pretrained("{file.parent}", max_shard_size="100GB")'
     )
 
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from app.engine.request import GenerateParams, ModelInfo, Start
-from ddpm_core import data, hub, record
-from ddpm_core.checkpoint import Model, load_model, verify
+from ddpm_core import data, hub, layout, record
+from ddpm_core.checkpoint import CheckpointError, Model, load_model, verify
 from ddpm_core.diffusion import q_sample
 from ddpm_core.network import Network, OnnxNetwork, Padded, flops, pick_device
 from ddpm_core.noise import noise
@@ -25,10 +25,15 @@ def read(reference: str, sha256: str | None = None) -> Model:
     """A model directory or hub id; its weights must be those of its card, and of `sha256` where it is given.
 
     Raises:
-        CheckpointError: the model cannot be used.
+        CheckpointError: the model cannot be used, or draws what is no picture.
     """
     directory = hub.locate(reference)
     model = load_model(directory, hub.name_of(reference))
+    if (channels := model.config.in_channels) not in (1, 3):
+        path = layout.unet_folder(directory) / "config.json"
+        raise CheckpointError(
+            f"{path}: in_channels={channels} is not supported: the service makes grey or RGB pictures; supported: 1, 3"
+        )
     verify(directory, model, sha256)
     return dataclasses.replace(model, class_names=record.class_names(directory, model))
 

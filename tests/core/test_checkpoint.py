@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from ddpm_core import checkpoint, sampling, weights
@@ -169,7 +171,7 @@ def test_a_schedule_that_ends_without_signal_is_refused_for_epsilon_alone(model_
         ("downsample_padding", 2),
         ("resnet_time_scale_shift", "spatial"),
         ("norm_num_groups", 3),
-        ("attention_head_dim", 5),
+        ("attention_head_dim", 9),
         ("attn_norm_num_groups", 3),
         ("sample_size", None),
         ("sample_size", "8"),
@@ -272,6 +274,8 @@ def test_a_pipeline_with_a_part_between_network_and_images_is_refused(model_dir:
     assert refusal(model_dir).startswith(f"{index}: component 'vqvae' is not supported")
     edit(index, vqvae=[None, None], noise_scheduler=["diffusers", "DDPMScheduler"])  # by its name of June 2022
     assert load_model(model_dir).config == CONFIG
+    edit(index, requires_safety_checker=False, guidance=1.5, _class_name=["pipeline", "Mine"])  # no components
+    assert load_model(model_dir).config == CONFIG
 
 
 def test_an_image_size_that_the_levels_cannot_halve_is_refused(model_dir: Path) -> None:
@@ -283,6 +287,37 @@ def test_an_image_size_that_the_levels_cannot_halve_is_refused(model_dir: Path) 
         up_block_types=["UpBlock2D"] * 2,
     )
     assert "sample_size=7 must be a multiple of 2" in refusal(model_dir)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("folder", ["scheduler", "noise_scheduler", ""])
+def test_the_scheduler_is_found_where_it_lies(model_dir: Path, flat: bool, folder: str) -> None:
+    """Beside a U-Net of either layout, which diffusers saves alone too."""
+    if flat:
+        model_dir = flatten(model_dir)
+    scheduler = model_dir / (SCHEDULER_JSON.name if flat else SCHEDULER_JSON)
+    (model_dir / folder).mkdir(exist_ok=True)
+    scheduler.rename(model_dir / folder / SCHEDULER_JSON.name)
+    assert load_model(model_dir).scheduler == SCHEDULER
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_a_network_alone_says_how_to_give_it_its_scheduler(model_dir: Path, flat: bool) -> None:
+    if flat:
+        model_dir = flatten(model_dir)
+    (model_dir / (SCHEDULER_JSON.name if flat else SCHEDULER_JSON)).unlink()
+    message = refusal(model_dir)
+    assert message.startswith(f"{model_dir / SCHEDULER_JSON} is missing: save the scheduler that the network was")
+    (advice,) = re.findall("`(.*)`", message)
+    eval(advice.replace("...", "clip_sample_range=0.7"), {"DDPMScheduler": DDPMScheduler})
+    assert load_model(model_dir).scheduler.clip_sample_range == 0.7
+
+
+def test_the_directory_above_a_model_is_asked_about(model_dir: Path) -> None:
+    above = model_dir.parent
+    assert refusal(above) == (
+        f"{above / 'config.json'} is missing: is {above} a directory that diffusers saved, or one above it?"
+    )
 
 
 @pytest.mark.parametrize("path", [UNET_JSON, SCHEDULER_JSON, WEIGHTS])

@@ -17,6 +17,7 @@ from tests.core.theirs import CIFAR10_NARROW
     "fields",
     [
         {"attention_head_dim": 4, "num_class_embeds": 4},
+        {"attention_head_dim": 3},
         {"attention_head_dim": None, "downsample_padding": 0, "center_input_sample": True, "freq_shift": 1},
         {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 2, "mid_block_scale_factor": 2.0},
         {"add_attention": False, "norm_eps": 1e-6},

@@ -24,7 +24,11 @@ from tests.networks import EIGHT
 REPO, SHA = "somebody/small-model", "0123456789abcdef0123456789abcdef01234567"
 WANTED = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-OTHERS = ["modeling_ddpm.py", "unet/diffusion_pytorch_model.bin", "flax_model.msgpack"]
+OTHERS = [
+    "modeling_ddpm.py", "unet/diffusion_pytorch_model.bin", "flax_model.msgpack", "vae/config.json", "results.json",
+    "model.safetensors", "checkpoint-500/unet/config.json", f"checkpoint-500/{WEIGHTS}", "unet/old/config.json",
+]  # fmt: skip
+LATENT = "89abcdef0123456789abcdef0123456789abcdef"  # a commit whose network draws latents
 LOCATE = """
 import json, sys
 from ddpm_core import hub
@@ -69,15 +73,21 @@ class Hub(BaseHTTPRequestHandler):
         ]
         if path.startswith(f"/api/models/{REPO}/tree/"):
             self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
-        elif path in (f"/api/models/{REPO}", *(f"/api/models/{REPO}/revision/{r}" for r in ("main", "v1", SHA))):
-            facts = {"id": REPO, "sha": SHA, "siblings": listed, "private": False, "tags": [], "downloads": 0}
+        elif path in (
+            f"/api/models/{REPO}",
+            *(f"/api/models/{REPO}/revision/{r}" for r in ("main", "v1", SHA, "latent", LATENT)),
+        ):
+            sha = LATENT if revision in ("latent", LATENT) else SHA
+            facts = {"id": REPO, "sha": sha, "siblings": listed, "private": False, "tags": [], "downloads": 0}
             self.answer(200, json.dumps(facts).encode(), Content_Type="application/json")
         elif path.startswith(f"/api/models/{REPO}/revision/"):
             self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message=f"Invalid rev id: {revision}")
         elif path.startswith(f"/{REPO}/resolve/") and (name := path.split("/", 5)[5]) in self.files:
-            self.asked.append(name)
-            content = self.files[name]
-            self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=SHA)
+            commit = path.split("/")[4]
+            self.asked.append(f"{commit}/{name}")
+            latent = commit == LATENT and name == "model_index.json"
+            content = b'{"vqvae": ["diffusers", "VQModel"]}' if latent else self.files[name]
+            self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=commit)
         else:
             self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
 
@@ -113,7 +123,7 @@ def locate(references: list[str], home: Path, **environment: str) -> tuple[dict[
 def fetched(served: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], str]:
     """The cache after some were asked for, what was said of them, and the progress bar."""
     home = tmp_path_factory.mktemp("home")
-    references = [REPO, f"{REPO}@v1", f"{REPO}@{SHA}", f"{REPO}@v2", "somebody/unknown"]
+    references = [REPO, f"{REPO}@v1", f"{REPO}@{SHA}", f"{REPO}@v2", "somebody/unknown", f"{REPO}@latent"]
     return home, *locate(references, home, HF_ENDPOINT=served)
 
 
@@ -128,12 +138,20 @@ def test_a_model_of_the_hub_is_fetched_and_loads(fetched: tuple[Path, dict[str, 
     assert "Fetching 4 files" in stderr
 
 
-def test_nothing_but_configs_and_safetensors_is_fetched(fetched: tuple[Path, dict[str, str], str]) -> None:
+def test_nothing_but_what_is_read_is_fetched(fetched: tuple[Path, dict[str, str], str]) -> None:
     _, found, _ = fetched
     directory = Path(found[REPO])
     there = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
     assert there == sorted([*WANTED, WEIGHTS])
-    assert set(Hub.asked) == {*WANTED, WEIGHTS}
+    assert {name for name in Hub.asked if name.startswith(SHA)} == {f"{SHA}/{name}" for name in [*WANTED, WEIGHTS]}
+
+
+def test_a_component_that_is_not_supported_is_refused_before_weights_are_fetched(
+    fetched: tuple[Path, dict[str, str], str],
+) -> None:
+    _, found, _ = fetched
+    assert "model_index.json: component 'vqvae' is not supported" in found[f"{REPO}@latent"]
+    assert {name for name in Hub.asked if name.startswith(LATENT)} == {f"{LATENT}/{name}" for name in WANTED}
 
 
 def test_what_the_hub_has_not_is_refused_in_one_line(fetched: tuple[Path, dict[str, str], str]) -> None:

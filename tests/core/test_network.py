@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 import subprocess
@@ -14,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_core import checkpoint
 from ddpm_core.checkpoint import GRAPH_NAME, Model, load_model, save_model
-from ddpm_core.graph import FORM, export_graph
+from ddpm_core.graph import export_graph, facts
 from ddpm_core.network import GraphError, OnnxNetwork, Padded, TorchNetwork, flops
 from ddpm_core.scheduler_config import SchedulerConfig
 from ddpm_core.unet import UNet, UNetConfig
@@ -34,7 +36,7 @@ def small_net(seed: int) -> UNet:
     return net.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("heads", [None, 4])
+@pytest.mark.parametrize("heads", [None, 4, 3])
 @pytest.mark.parametrize("attention", ["", "Attn"])
 def test_operations_are_counted_as_torch_does(heads: int | None, attention: str) -> None:
     config = UNetConfig(
@@ -118,6 +120,28 @@ def test_a_graph_of_other_weights_is_made_anew(
     assert saved.graph.read_bytes() != graph
 
 
+@pytest.mark.parametrize(("field", "value"), [("norm_eps", 1e-6), ("sample_size", 16)])
+def test_a_graph_by_another_config_is_made_anew(
+    saved: Model, graph: bytes, caplog: pytest.LogCaptureFixture, field: str, value: float
+) -> None:  # fmt: skip
+    """Whether its numbers are too close to tell, or its shapes are others."""
+    assert saved.graph is not None
+    saved.graph.write_bytes(restamped(graph, saved.net, saved.sha256))
+    assert isinstance(saved.network(CPU), OnnxNetwork)
+    path = saved.graph.with_name("config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    changed = load_model(path.parent.parent)
+    assert isinstance(changed.network(CPU), TorchNetwork)
+    assert "was made by another config.json" in caplog.text
+    assert isinstance(changed.network(CPU, export=True), OnnxNetwork)
+
+
+def test_a_graph_that_cannot_be_run_is_refused(graph: bytes) -> None:
+    larger = UNet(dataclasses.replace(SMALL, sample_size=16))
+    with pytest.raises(GraphError, match=r"^cannot be run: .*$"):
+        OnnxNetwork(restamped(graph, larger, "abc"), larger, "abc")
+
+
 @pytest.mark.parametrize(
     ("net", "sha256", "cut", "reason"),
     [
@@ -135,7 +159,7 @@ def test_a_graph_that_is_not_the_network_is_refused(
 
 
 def test_a_graph_of_another_form_is_refused(graph: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddpm_core.network.FORM", "other")
+    monkeypatch.setattr("ddpm_core.graph.FORM", "other")
     with pytest.raises(GraphError, match="another version"):
         OnnxNetwork(graph, small_net(0), "abc")
 
@@ -147,7 +171,7 @@ def test_where_it_cannot_be_kept_it_is_used_all_the_same(
         raise PermissionError(30, "Read-only file system")
 
     monkeypatch.setattr(checkpoint, "write_atomically", read_only)
-    monkeypatch.setattr(checkpoint, "export_graph", lambda net, sha256: export_of(graph, sha256))
+    monkeypatch.setattr(checkpoint, "export_graph", lambda net, sha256: restamped(graph, net, sha256))
     network = saved.network(CPU, export=True)
     assert isinstance(network, OnnxNetwork)
     assert "cannot be kept" in caplog.text
@@ -155,13 +179,13 @@ def test_where_it_cannot_be_kept_it_is_used_all_the_same(
     assert not saved.graph.exists()
 
 
-def export_of(graph: bytes, sha256: str) -> bytes:
-    """The same graph for a file of these weights."""
+def restamped(graph: bytes, net: UNet, sha256: str) -> bytes:
+    """The same graph, as if made of this network from a file of these weights."""
     import onnx
 
     model = onnx.load_from_string(graph)
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {"weights_sha256": sha256, "form": FORM})
+    onnx.helper.set_model_props(model, facts(net, sha256))
     return bytes(model.SerializeToString())
 
 

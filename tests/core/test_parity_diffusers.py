@@ -57,6 +57,8 @@ CONFIGS = {
         CELEBAHQ, sample_size=32, block_out_channels=(4, 4, 8, 8, 16, 16), norm_num_groups=4
     ),
     "heads_of_8_in_several_levels": SMALL,
+    "heads_that_do_not_fill_a_level": dataclasses.replace(SMALL, attention_head_dim=6),
+    "resampled_as_they_choose": dataclasses.replace(SMALL, downsample_type=None, upsample_type=None),
     "scale_shift": dataclasses.replace(SMALL, resnet_time_scale_shift="scale_shift", add_attention=False),
     "scale_shift_with_attention_groups": dataclasses.replace(
         SMALL, resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4

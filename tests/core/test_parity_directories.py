@@ -286,14 +286,18 @@ def test_the_logarithm_of_the_large_variance_is_theirs_as_nan_and_ours_as_meant(
     assert largest_difference(toy_states(model, "ddpm", 25), toy_states(meant, "ddpm", 25)) == 0
 
 
-def test_the_final_image_of_trailing_steps_is_noisy_there_and_clean_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fields", "last"), [({"timestep_spacing": "trailing"}, 99), ({"steps_offset": 1}, 1)])
+def test_the_final_image_of_a_chain_that_ends_above_0_is_noisy_there_and_clean_here(
+    tmp_path: Path, fields: dict[str, Any], last: int
+) -> None:
     """They add noise where t > 0, whatever comes next; up to the last step the chains are one."""
-    scheduler = DDPMScheduler(variance_type="fixed_large", timestep_spacing="trailing")
+    scheduler = DDPMScheduler(variance_type="fixed_large", **fields)
     model = read(scheduler, tmp_path)
     scheduler.set_timesteps(10)
     theirs, ours = their_ddpm(scheduler, toy, start(TINY_SHAPE)), toy_states(model, "ddpm", 10)
     assert largest_difference(ours[:-1], theirs[:-1]) <= 1e-9
-    noise_std = float((1 - scheduler.alphas_cumprod[99]).sqrt())
+    assert scheduler.timesteps[-1] == last
+    noise_std = float((1 - scheduler.alphas_cumprod[last]).sqrt())
     assert float((theirs[-1] - ours[-1]).std()) == pytest.approx(noise_std, rel=0.1)
     assert float(ours[-1].abs().max()) <= 1
 
@@ -310,11 +314,12 @@ def test_ddim_keeps_eps_of_before_the_clipping_there_and_not_here(tmp_path: Path
         assert clip_sample or largest_difference(ours, theirs) <= 1e-9 * scale
 
 
-def test_ddim_goes_to_its_next_timestep_here_and_beside_it_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_ddim_goes_to_its_next_timestep_here_and_beside_it_there(tmp_path: Path, spacing: str) -> None:
     """Where T // steps is not the distance of its timesteps, their step ends at another noise level than the next
     begins at: a network that knows x_0 makes every state sqrt(abar) x_0 + sqrt(1 - abar) eps of one eps."""
     x_0 = torch.full((1, 3, 8, 8), 0.5, dtype=torch.float64)
-    scheduler = DDIMScheduler(timestep_spacing="linspace", prediction_type="sample")
+    scheduler = DDIMScheduler(timestep_spacing=spacing, prediction_type="sample")
     model = read(scheduler, tmp_path)
     scheduler.set_timesteps(30)
     x_T = start(TINY_SHAPE, [1])

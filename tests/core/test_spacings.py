@@ -76,6 +76,18 @@ def test_timesteps_match_diffusers(spacing: Spacing, steps: int) -> None:
     assert spacings.timesteps(COSINE, steps, spacing).tolist() == scheduler.timesteps.tolist()
 
 
+@pytest.mark.parametrize("total", [1000, 999, 97, 50])
+@pytest.mark.parametrize("spacing", THEIRS)
+def test_timesteps_match_diffusers_for_any_number_of_steps(spacing: Spacing, total: int) -> None:
+    """But for a further trailing one at t = -1, which theirs have at some counts that do not divide T."""
+    scheduler, schedule = DDPMScheduler(num_train_timesteps=total, timestep_spacing=spacing), schedules.linear(total)
+    for steps in range(2, total + 1):
+        scheduler.set_timesteps(steps)
+        ours, theirs = spacings.timesteps(schedule, steps, spacing).tolist(), scheduler.timesteps.tolist()
+        assert ours == theirs[:steps]
+        assert len(theirs) == steps or (spacing == "trailing" and theirs[steps:] == [-1])
+
+
 @pytest.mark.parametrize("steps", [-1, 0, 1001])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_steps_out_of_range_are_refused(steps: int, spacing: Spacing) -> None:
@@ -92,3 +104,12 @@ def test_a_start_out_of_range_is_refused(start: int) -> None:
 def test_timesteps_pushed_out_of_the_table_are_refused() -> None:
     with pytest.raises(ValueError, match=r"offset 100 leave 0 \.\. 999"):
         spacings.timesteps(COSINE, 10, "leading", offset=100)
+
+
+def test_one_evenly_spaced_step_begins_at_the_start_here_and_ends_there() -> None:
+    """diffusers' only linspace timestep is t = 0: a network that is shown x_T is told that it is almost clean."""
+    scheduler = DDPMScheduler(timestep_spacing="linspace")
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [0]
+    assert spacings.timesteps(COSINE, 1, "linspace").tolist() == [999]
+    assert spacings.timesteps(COSINE, 1, "linspace", start=7).tolist() == [7]

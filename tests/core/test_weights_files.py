@@ -46,18 +46,28 @@ def assert_loads(directory: Path, theirs: UNet2DModel) -> None:
     assert all(torch.equal(tensor, weights[key]) for key, tensor in theirs.state_dict().items())
 
 
-def test_a_pickle_alone_is_refused_and_the_advice_mends_it(tmp_path: Path) -> None:
-    theirs = saved(tmp_path, safe_serialization=False)
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ({}, "diffusion_pytorch_model.bin"),
+        ({"variant": "fp16"}, "diffusion_pytorch_model.fp16.bin"),
+        ({"max_shard_size": "10KB"}, "diffusion_pytorch_model-00001-of-"),
+        ({"max_shard_size": "10KB", "variant": "non_ema"}, "diffusion_pytorch_model.non_ema-00001-of-"),
+    ],
+)
+def test_a_pickle_alone_is_refused_and_the_advice_mends_it(tmp_path: Path, how: dict[str, str], name: str) -> None:
+    theirs = saved(tmp_path, safe_serialization=False, **how)
     message = refusal(tmp_path)
-    assert "never pickled ones like diffusion_pytorch_model.bin" in message
+    assert f"never pickled ones like {name}" in message
     assert "If you trust that file" in message
     run_advice(message)
     assert_loads(tmp_path, theirs)
 
 
-def test_weights_in_several_files_are_refused_and_the_advice_mends_it(tmp_path: Path) -> None:
-    theirs = saved(tmp_path, max_shard_size="10KB")
-    assert len(list(tmp_path.glob("diffusion_pytorch_model-0*.safetensors"))) > 1
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_several_files_are_refused_and_the_advice_mends_it(tmp_path: Path, variant: str | None) -> None:
+    theirs = saved(tmp_path, max_shard_size="10KB", variant=variant)
+    assert len(list(tmp_path.glob("diffusion_pytorch_model*-of-*.safetensors"))) > 1
     message = refusal(tmp_path)
     assert "several files" in message
     run_advice(message)
@@ -93,6 +103,7 @@ def test_one_of_several_variants_must_be_chosen(tmp_path: Path) -> None:
 def test_no_weights_at_all_say_what_is_read(tmp_path: Path) -> None:
     saved(tmp_path)
     (tmp_path / WEIGHTS_NAME).unlink()
+    (tmp_path / "optimizer.bin").touch()  # of a training, not of the network
     assert "only safetensors weights are read, never pickled ones (.bin)" in refusal(tmp_path)
 
 

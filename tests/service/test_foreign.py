@@ -12,6 +12,8 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from app.engine.runner import read
+from ddpm_core.checkpoint import CheckpointError, load_model
 from ddpm_core.noise import noise
 from tests.service.conftest import Service, assert_problem, encode_grey, pixels
 from tests.service.process import server
@@ -20,12 +22,12 @@ SHAPE = (3, 16, 16)
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
-def net_of(classes: int | None = None) -> UNet2DModel:
+def net_of(classes: int | None = None, channels: int = 3) -> UNet2DModel:
     torch.manual_seed(0)
     net = UNet2DModel(
         sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=None,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        num_class_embeds=classes,
+        num_class_embeds=classes, in_channels=channels, out_channels=channels,
     )  # fmt: skip
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -95,6 +97,16 @@ def test_a_class_conditional_one_draws_with_a_label_alone(
         "POST", "/denoise", files={"image": ("x", encode_grey())}, data={"t": "99", "label": "2", "steps": "3"}
     )
     assert pixels(denoised.content).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_a_model_that_draws_no_pictures_is_refused_by_the_service_alone(tmp_path: Path, channels: int) -> None:
+    DDPMPipeline(net_of(channels=channels), DDPMScheduler()).save_pretrained(tmp_path / "theirs")
+    assert load_model(tmp_path / "theirs").config.in_channels == channels
+    with pytest.raises(CheckpointError) as caught:
+        read(str(tmp_path / "theirs"))
+    assert str(caught.value).startswith(f"{tmp_path / 'theirs' / 'unet' / 'config.json'}: in_channels={channels} is ")
+    assert str(caught.value).endswith("the service makes grey or RGB pictures; supported: 1, 3")
 
 
 def test_by_its_id_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
