@@ -74,7 +74,17 @@ class SchedulerConfig:
         steps, total = self.distilled_steps, self.num_train_timesteps
         if steps is not None and (type(steps) is not int or not 1 <= steps <= total):
             raise ValueError(f"distilled_steps={steps!r} must be int, 1 .. {total}")
+        few = min(3, total)  # of which a service tries every sampler at its start
+        if self.timestep_spacing == "leading" and (few - 1) * (total // few) + self.steps_offset >= total:
+            raise ValueError(
+                f"steps_offset={self.steps_offset} is too large: of {few} leading timesteps the first would be no "
+                f"timestep, which are 0 .. {total - 1}"
+            )
         if self.trained_betas is not None:
+            if not isinstance(self.trained_betas, tuple) or not all(
+                type(b) in (int, float) for b in self.trained_betas
+            ):
+                raise ValueError("trained_betas must be a list of numbers, one a timestep")
             if len(self.trained_betas) != self.num_train_timesteps:
                 raise ValueError(
                     f"trained_betas has {len(self.trained_betas)} entries, num_train_timesteps is "

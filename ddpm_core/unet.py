@@ -23,8 +23,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu,
 }  # fmt: skip
 _COUNTS = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
+_LISTS = ("block_out_channels", "down_block_types", "up_block_types")
 _OPTIONAL_COUNTS = (
     "sample_size", "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds",
+    "num_train_timesteps",
 )  # fmt: skip
 
 
@@ -108,13 +110,18 @@ class UNetConfig:
             )
 
     def _check_numbers(self) -> None:
+        for field in _LISTS:
+            if not isinstance(value := getattr(self, field), tuple) or not value:
+                raise ValueError(f"{field}={value!r} must be a list, an entry for each level")
+        if isinstance(self.sample_size, tuple) and len(self.sample_size) != 2:
+            raise ValueError(f"sample_size={self.sample_size!r} must be one number, or two: [H, W]")
         for field in (*_COUNTS, *_OPTIONAL_COUNTS):
             value = getattr(self, field)
             if value is None and field in _OPTIONAL_COUNTS:
                 continue
-            values = value if isinstance(value, tuple) else (value,)
-            if not values or not all(type(v) is int and v >= 1 for v in values):
-                raise ValueError(f"{field}={value!r} must hold whole numbers from 1 up")
+            values = value if field in ("block_out_channels", "sample_size") and isinstance(value, tuple) else (value,)
+            if not all(type(v) is int and v >= 1 for v in values):
+                raise ValueError(f"{field}={value!r} must be whole numbers from 1 up")
         for field, low, high in (("dropout", 0, 1), ("mid_block_scale_factor", 1e-9, 1e9), ("norm_eps", 0, 1)):
             value = getattr(self, field)
             if type(value) not in (int, float) or not low <= value <= high:
@@ -144,8 +151,10 @@ class UNetConfig:
         if NO_LABEL in config:
             given["no_label"] = config[NO_LABEL]
         for key in given:
-            if key not in known:
-                raise ValueError(f"unknown field {key!r} in the U-Net's config; known: {', '.join(sorted(known))}")
+            if key not in known or (key == "no_label" and key in config):  # ours has another name there
+                raise ValueError(
+                    f"unknown field {key!r} in the U-Net's config; known: {', '.join(sorted(known - {'no_label'}))}"
+                )
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:

@@ -181,6 +181,16 @@ def test_a_schedule_that_ends_without_signal_is_refused_for_epsilon_alone(model_
         ("norm_num_groups", None),
         ("norm_num_groups", 0),
         ("block_out_channels", []),
+        ("block_out_channels", 8),
+        ("down_block_types", None),
+        ("up_block_types", "UpBlock2D"),
+        ("sample_size", [8]),
+        ("sample_size", [3, 8, 8]),
+        ("in_channels", [1]),
+        ("layers_per_block", [1, 1]),
+        ("attention_head_dim", [8, 8]),
+        ("num_train_timesteps", [100]),
+        ("no_label", True),  # ours is _no_label
         ("num_class_embeds", True),
         ("dropout", 1.5),
         ("mid_block_scale_factor", 0),
@@ -213,6 +223,8 @@ def test_a_unet_field_that_is_not_honoured_is_refused_by_name(model_dir: Path, f
         ("beta_schedule", "exp"),
         ("trained_betas", [*[0.01] * 99, 2.0]),
         ("trained_betas", [0.1, 0.2]),
+        ("trained_betas", 0.1),
+        ("trained_betas", ["0.1"] * 100),
         ("_class_name", "IPNDMScheduler"),
         ("num_train_timesteps", 0),
         ("num_train_timesteps", 99.5),
@@ -235,6 +247,14 @@ def test_a_scheduler_field_that_is_not_honoured_is_refused_by_name(
     message = refusal(model_dir)
     assert message.startswith(str(path))
     assert field.removeprefix("trained_") in message
+
+
+def test_an_offset_that_leaves_no_room_is_refused(model_dir: Path) -> None:
+    """Of 100 timesteps three leading ones begin at 66."""
+    edit(model_dir / SCHEDULER_JSON, timestep_spacing="leading", steps_offset=33)
+    assert load_model(model_dir).plan("ddim", 3).timesteps[0] == 99
+    edit(model_dir / SCHEDULER_JSON, steps_offset=34)
+    assert "steps_offset=34 is too large" in refusal(model_dir)
 
 
 def test_a_marker_of_no_label_without_classes_is_refused(model_dir: Path) -> None:
