@@ -13,6 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ddpm_core.scheduler_config import DISTILLED
+from ddpm_core.unet import NO_LABEL
+
 UNET, BEFORE = "UNet2DModel", "UNetUnconditionalModel"  # today's class and that of July 2022
 UNET_NAMES = {  # of the fields of BEFORE
     "image_size": "sample_size",
@@ -54,8 +57,9 @@ def unet_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """A U-Net's config.json in today's names.
 
     Raises:
-        ValueError: it is of another network.
+        ValueError: it is of another network, or a field has the name of our marker.
     """
+    _refuse_bare(NO_LABEL, config)
     name = config.get("_class_name", UNET)
     if name == "UNetModel" or "ch_mult" in config:
         raise ValueError(
@@ -79,8 +83,10 @@ def scheduler_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler_config.json in today's names.
 
     Raises:
-        ValueError: two names of one field disagree, or timesteps are fixed by the config.
+        ValueError: two names of one field disagree, timesteps are fixed by the config, or a field has the name of our
+            marker.
     """
+    _refuse_bare(DISTILLED, config)
     fields = _renamed(config, SCHEDULER_NAMES)
     if fields.get("_class_name") == "GaussianDDPMScheduler":
         fields["_class_name"] = "DDPMScheduler"
@@ -94,6 +100,12 @@ def scheduler_fields(config: Mapping[str, Any]) -> dict[str, Any]:
                 "delete the one that is wrong"
             )
     return {k: v for k, v in fields.items() if k not in WITHOUT_EFFECT_ON_SCHEDULERS}
+
+
+def _refuse_bare(marker: str, config: Mapping[str, Any]) -> None:
+    """Raises ValueError where a model's config has our marker without its underscore, as run.json alone has it."""
+    if (name := marker.removeprefix("_")) in config:
+        raise ValueError(f"unknown field {name!r}: delete it, or call it {marker!r} if this project's marker is meant")
 
 
 def _renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -81,9 +81,8 @@ class SchedulerConfig:
                 f"timestep, which are 0 .. {total - 1}"
             )
         if self.trained_betas is not None:
-            if not isinstance(self.trained_betas, tuple) or not all(
-                type(b) in (int, float) for b in self.trained_betas
-            ):
+            betas = self.trained_betas
+            if not isinstance(betas, tuple) or not all(isinstance(beta, (int, float)) for beta in betas):
                 raise ValueError("trained_betas must be a list of numbers, one a timestep")
             if len(self.trained_betas) != self.num_train_timesteps:
                 raise ValueError(

@@ -151,10 +151,8 @@ class UNetConfig:
         if NO_LABEL in config:
             given["no_label"] = config[NO_LABEL]
         for key in given:
-            if key not in known or (key == "no_label" and key in config):  # ours has another name there
-                raise ValueError(
-                    f"unknown field {key!r} in the U-Net's config; known: {', '.join(sorted(known - {'no_label'}))}"
-                )
+            if key not in known:
+                raise ValueError(f"unknown field {key!r} in the U-Net's config; known: {', '.join(sorted(known))}")
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:

@@ -224,6 +224,7 @@ def test_a_unet_field_that_is_not_honoured_is_refused_by_name(model_dir: Path, f
         ("trained_betas", [*[0.01] * 99, 2.0]),
         ("trained_betas", [0.1, 0.2]),
         ("trained_betas", 0.1),
+        ("distilled_steps", 2),  # ours is _distilled_steps
         ("trained_betas", ["0.1"] * 100),
         ("_class_name", "IPNDMScheduler"),
         ("num_train_timesteps", 0),
