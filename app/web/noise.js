@@ -22,6 +22,7 @@ export class Noise extends EventTarget {
   own = false;
   /** By t. @type {Map<number, {t: number, alpha_bar: number, snr: number, b64_json: string}>} */
   #frames = new Map();
+  #failed = false;
   #strip = new AbortController();
   #exact = new AbortController();
   #exactly = lately(80, () => {
@@ -69,6 +70,7 @@ export class Noise extends EventTarget {
   /** @param {Source} source @param {boolean} own */
   async put(source, own = true) {
     this.own = own;
+    if (own) this.#tell(null);
     await this.sketch.put(source.blob, Boolean(source.name));
     this.source = source.name ? source : { ...source, blob: await this.sketch.png() };
     await this.#refresh();
@@ -95,7 +97,7 @@ export class Noise extends EventTarget {
     try {
       await this.put({ blob: blob(state.get("x_0")) });
     } catch {
-      this.#tell(new Problem("The picture in this link cannot be read."));
+      this.#tell(new Problem("The picture in this link cannot be read."), false);
     }
   }
 
@@ -122,15 +124,16 @@ export class Noise extends EventTarget {
       const images = await patiently(() => this.#ask(t, signal), signal, wait);
       if (signal.aborted) return;
       for (const frame of images) this.#frames.set(frame.t, frame);
-      this.#tell(null);
+      if (this.#failed) this.#tell(null);
       this.#render();
     } catch (error) {
       if (!signal.aborted) this.#tell(error);
     }
   }
 
-  /** @param {Error | null} problem */
-  #tell(problem) {
+  /** @param {Error | null} problem @param {boolean} passing the next answer ends it */
+  #tell(problem, passing = true) {
+    this.#failed = passing && problem !== null;
     show(problem, [this.form], find(".problem", this.section));
   }
 
@@ -167,6 +170,7 @@ export class Noise extends EventTarget {
     const take = (one) => one && this.put({ blob: one, name: one.name || "picture.png" });
     on(sketch, "stroke", () => {
       this.own = !sketch.blank;
+      this.#tell(null);
       this.#redrawn();
     });
     on(form, "click", ({ target }) => {

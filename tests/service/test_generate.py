@@ -309,7 +309,7 @@ def test_a_deadline_that_cannot_be_met_now_is_429_at_once(
 ) -> None:
     service = make_service()
     engine: Engine = service.app.state.engines.default
-    engine.step_time = StepTime([(1, 0.001), (8, 0.004)])
+    engine.step_time, engine.rows_limit = StepTime([(1, 0.001), (8, 0.004)]), 8
     monkeypatch.setattr(StepTime, "observe", lambda *_: None)  # how busy this machine is now is of no account
     hold.clear()
 
