@@ -79,6 +79,7 @@ async def request_state(request: Request, request_id: str) -> RequestState:
     raise _none(request_id)
 
 
+@router.head(LOCATION + "/result", include_in_schema=False)
 @router.get(
     LOCATION + "/result",
     response_class=Response,
@@ -98,7 +99,7 @@ async def result(request: Request, request_id: str) -> Response:
             f"request {request_id} is still being served: GET /requests/{request_id} says how far it is",
             headers={"Retry-After": str(max(1, math.ceil(eta_s)))},
         )
-    kept.fetched = True
+    kept.fetched |= request.method == "GET"
     return kept.response()
 
 

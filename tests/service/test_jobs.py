@@ -273,10 +273,16 @@ def test_of_several_keys_each_has_a_bound_of_its_own(
     held(service, hold, work)
 
 
-def test_its_state_can_be_asked_for_by_head(service: Service) -> None:
+def test_state_and_result_can_be_asked_for_by_head(make_service: Callable[..., Service]) -> None:
+    service = make_service()
     location = start(service).headers["location"]
     assert service.request("HEAD", location).status_code == 200
     assert service.request("HEAD", f"{location}-not").status_code == 404
+    ended(service, location.rpartition("/")[2])
+    assert service.request("HEAD", f"{location}/result").headers["content-type"] == "image/png"
+    assert not service.app.state.jobs.settled  # nobody has fetched it
+    assert service.request("GET", f"{location}/result").status_code == 200
+    assert service.app.state.jobs.settled
 
 
 def test_a_kept_id_is_nobody_else_s(service: Service) -> None:
