@@ -176,8 +176,14 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(model_dir: Path) -> 
     with server(model=model_dir) as it:
         expected = {seed: drawn(it, seed, n=2) for seed in range(4)}
 
+        def slots_taken() -> float:
+            return it.metric("slots_running") + it.metric("slots_waiting")
+
         async def load() -> list[tuple[int, int, bytes]]:
-            """Number, status and content of each; status 0: the door was closed."""
+            """Number, status and content of each; status 0: the door was closed.
+
+            The signal comes while the server has many; all that it has then are answered.
+            """
             answers: list[tuple[int, int, bytes]] = []
             limits = httpx.Limits(max_connections=None)
             async with httpx.AsyncClient(base_url=it.url, timeout=60, limits=limits) as client:
@@ -192,16 +198,19 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(model_dir: Path) -> 
                         answers.append((i, response.status_code, response.content))
 
                 tasks: list[asyncio.Task[None]] = []
-                while len(answers) < 50:  # then it is under load, however slow the machine is
+                accepted = 0.0
+                while accepted < 50:  # of which none has its answer yet
                     assert len(tasks) < 5000
-                    tasks.append(asyncio.create_task(ask(len(tasks))))
-                    await asyncio.sleep(0.002)
+                    tasks += [asyncio.create_task(ask(i)) for i in range(len(tasks), len(tasks) + 20)]
+                    before = len(answers)
+                    accepted = await asyncio.to_thread(slots_taken) / 2
                 it.process.send_signal(signal.SIGTERM)
                 for _ in range(100):
                     tasks.append(asyncio.create_task(ask(len(tasks))))
                     await asyncio.sleep(0.002)
                 await asyncio.gather(*tasks)
                 assert len(answers) == len(tasks)
+                assert sum(status == 200 for _, status, _ in answers[before:]) >= accepted
             return answers
 
         answers = asyncio.run(load())
@@ -209,7 +218,6 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(model_dir: Path) -> 
         assert all(content == expected[i % 4] for i, status, content in answers if status == 200)
         counts = collections.Counter(status for _, status, _ in answers)
         assert set(counts) <= {0, 200, 503}, counts
-        assert counts[200] >= 50
         assert counts[0] + counts[503] > 0
         logged = it.logged()
         assert "Traceback" not in logged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 
 from app.engine.turns import Turns
 
@@ -37,6 +38,7 @@ def test_one_at_a_time_and_an_error_gives_the_turn_back() -> None:
             try:
                 with turns:
                     inside[0] += 1
+                    time.sleep(0)  # others may run now
                     most[0] = max(most[0], inside[0])
                     inside[0] -= 1
                     raise KeyError
