@@ -59,11 +59,12 @@ def ref(schema: type[BaseModel]) -> dict[str, str]:
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Responses that are problems, for a route's `responses`."""
-    return {status: _problem(status) for status in statuses}
+    return {status: problem(*PROBLEMS[status]) for status in statuses}
 
 
-def _problem(status: int) -> dict[str, Any]:
-    kind, detail = PROBLEMS[status]
+def problem(kind: type[errors.Problem], detail: str) -> dict[str, Any]:
+    """One of them, by an example."""
+    status = kind.status
     field, _, rest = detail.partition(": ")
     named = [{"field": field, "detail": rest}] if status == errors.Invalid.status else None
     example = errors.body("0b26f0c5d3c14f3e8a5a", status, kind.slug, detail, named)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from app import errors
 from app.access import flow_of
-from app.description import problems
+from app.description import problem, problems
 from app.engine.engines import Engines
 from app.engine.request import GenerateParams, Progress
 from app.jobs import Jobs, Kept
@@ -17,6 +18,9 @@ from app.schemas import ProblemBody, RequestState
 router = APIRouter(tags=["requests"])
 
 LOCATION = "/requests/{request_id}"
+NO_REQUEST: dict[int | str, dict[str, Any]] = {
+    404: problem(errors.NotFound, "no request my-nine is in flight, and no result of it is kept")
+}
 CANCELLED_S = 1.0  # until its state says that it was cancelled: in fact at once
 
 
@@ -65,7 +69,7 @@ def _none(request_id: str) -> errors.NotFound:
 
 
 @router.head(LOCATION, include_in_schema=False)
-@router.get(LOCATION, responses=problems(404))
+@router.get(LOCATION, responses=NO_REQUEST)
 async def request_state(request: Request, request_id: str) -> RequestState:
     """How far one's own request is, asynchronous or not."""
     kept = _kept(request, request_id)
@@ -85,7 +89,8 @@ async def request_state(request: Request, request_id: str) -> RequestState:
     response_class=Response,
     responses={
         200: {"description": "What the request itself would have answered."},
-        **problems(404, 409, 410, 413, 503, 504),
+        **NO_REQUEST,
+        **problems(409, 410, 413, 503, 504),
     },
 )
 async def result(request: Request, request_id: str) -> Response:
@@ -103,7 +108,7 @@ async def result(request: Request, request_id: str) -> Response:
     return kept.response()
 
 
-@router.delete(LOCATION, status_code=204, response_class=Response, responses=problems(404))
+@router.delete(LOCATION, status_code=204, response_class=Response, responses=NO_REQUEST)
 async def cancel(request: Request, request_id: str) -> Response:
     """Ends one's own request by its X-Request-Id: its slots are free at once, whoever waits gets 410.
 
