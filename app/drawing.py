@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 
 from app import errors
 from app.engine import request as engine_request
-from app.engine.engine import Engine
-from app.engine.job import OnProgress
-from app.engine.request import GenerateParams, ModelInfo, Result, Start
+from app.engine.request import GenerateParams, ModelInfo, Start
 from app.schemas import GenerateRequest
 from app.settings import Settings
 from ddpm_core import samplers
@@ -107,12 +104,6 @@ def _moments(frames: int | None, steps: int) -> tuple[int, ...]:
 def kept_bytes(moments: int, info: ModelInfo) -> int:
     """Of x and x_0_hat of so many moments of an image."""
     return moments * 2 * 4 * math.prod(info.image_shape)
-
-
-def submit(engine: Engine, params: GenerateParams, on_progress: OnProgress | None = None) -> Future[Result]:
-    """Hands a request to the engine; its refusals become problems."""
-    with refusals_told(params):
-        return engine.submit(params, on_progress)
 
 
 @contextmanager

@@ -8,13 +8,14 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 
 import anyio
 from fastapi import Response
 
 from app import errors
-from app.engine.engine import Engine
+from app.engine.engines import Served
 from app.engine.request import GenerateParams
 from app.metrics import Metrics
 from app.settings import Settings
@@ -38,7 +39,7 @@ class Answer:
 class Kept:
     """One such request, from its acceptance to its end and a while beyond. Times are Unix seconds."""
 
-    engine: Engine
+    engine: Served
     params: GenerateParams
     created: float = dataclasses.field(default_factory=time.time)
     ended: float | None = None
@@ -70,22 +71,33 @@ class Jobs:
         self.encoders = anyio.CapacityLimiter(2)  # nobody waits for these: whoever is waited for has all other threads
         self._by_key: dict[str, Kept] = {}  # the oldest first
         self._tasks: dict[Kept, asyncio.Task[None]] = {}
+        self._entering = collections.Counter[str]()  # by flow
         metrics.jobs.set_function(lambda: len(self._by_key))
         metrics.job_bytes.set_function(lambda: self._bytes)
 
-    def check_room(self, flow: str) -> None:
-        """Raises JobsFull where so many have not ended."""
+    @contextmanager
+    def room(self, flow: str) -> Iterator[None]:
+        """Keeps a place for a request that is about to be accepted. Raises JobsFull where so many have not ended."""
         own = [kept for kept in self._tasks if kept.params.flow == flow]
-        bounds = ((list(self._tasks), self._most, ""), (own, self._most_of_flow, " of this API key"))
-        for unfinished, most, whose in bounds:
-            if len(unfinished) >= most:
+        places = (
+            (list(self._tasks), self._entering.total(), self._most, ""),
+            (own, self._entering[flow], self._most_of_flow, " of this API key"),
+        )
+        for unfinished, entering, most, whose in places:
+            if (taken := len(unfinished) + entering) >= most:
                 self._refused.inc()
+                soon_s = min(map(_left_s, unfinished), default=0.0)
                 raise errors.JobsFull(
-                    f"{len(unfinished)} of {most} asynchronous requests{whose} have not ended: try again later",
-                    headers={"Retry-After": str(max(1, math.ceil(min(map(_left_s, unfinished)))))},
+                    f"{taken} of {most} asynchronous requests{whose} have not ended: try again later",
+                    headers={"Retry-After": str(max(1, math.ceil(soon_s)))},
                 )
+        self._entering[flow] += 1
+        try:
+            yield
+        finally:
+            self._entering[flow] -= 1
 
-    def add(self, engine: Engine, params: GenerateParams, work: Coroutine[None, None, Answer]) -> Kept:
+    def add(self, engine: Served, params: GenerateParams, work: Coroutine[None, None, Answer]) -> Kept:
         """Keeps a request that an engine has accepted; `work` waits for its end."""
         kept = self._by_key[params.key] = Kept(engine, params)
         self._tasks[kept] = asyncio.create_task(self._finish(kept, work))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import time
@@ -18,11 +19,12 @@ from app.description import complete, problems
 from app.engine.admission import Bounds
 from app.engine.engine import Engine
 from app.engine.engines import Engines
+from app.engine.replicas import Replicas
 from app.engine.runner import Runner
 from app.engine.turns import Turns
 from app.http import Outermost
 from app.jobs import Jobs
-from app.metrics import Metrics
+from app.metrics import EngineMetrics, Metrics
 from app.routes import (
     capabilities,
     denoise,
@@ -42,6 +44,7 @@ from app.settings import Settings
 from app.uploads import Uploads, frames
 from ddpm_core import __version__
 from ddpm_core.hub import name_of
+from ddpm_core.network import devices_of
 
 LAST_WORDS_S = 2  # for answers on their way, and for the worker thread, when everything else has ended
 ONE_PROCESS = "one process serves one device, and shares its batches among all requests; for more, start more replicas"
@@ -107,14 +110,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def _engines(settings: Settings, metrics: Metrics) -> Engines:
-    """An engine for each model; they load, and make their steps, one at a time."""
-    device = Turns()
+    """An engine for each model on each device; those of one device load, and make their steps, one at a time."""
+    devices = [(name, Turns()) for name in devices_of(settings.device)]
 
-    def engine(model: str, sha256: str | None) -> Engine:
-        return Engine(
-            lambda: Runner.load(model, settings.device, sha256),
-            bounds=Bounds(settings.queue_slots, settings.slots_of_key, settings.queue_s),
-            exact=settings.exact, batch_rows=settings.batch_rows, name=name_of(model), metrics=metrics, device=device,
+    def replicas(model: str, sha256: str | None) -> Replicas:
+        name, counted = name_of(model), EngineMetrics(metrics, name_of(model))
+        bounds = Bounds(settings.queue_slots, settings.slots_of_key, settings.queue_s)
+        return Replicas(
+            [
+                Engine(
+                    functools.partial(Runner.load, model, device, sha256), bounds=bounds, exact=settings.exact,
+                    batch_rows=settings.batch_rows, name=name, metrics=counted, device=turns,
+                )
+                for device, turns in devices
+            ],
+            counted,
         )  # fmt: skip
 
-    return Engines([engine(*pair) for pair in itertools.zip_longest(settings.served, settings.model_sha256)])
+    return Engines([replicas(*pair) for pair in itertools.zip_longest(settings.served, settings.model_sha256)])

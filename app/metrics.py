@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -76,11 +77,11 @@ class Metrics:
 
 
 class EngineMetrics:
-    """Those of one engine: what all metrics of a process say of its model."""
+    """What all metrics of a process say of one model, whose engines count together."""
 
-    def __init__(self, metrics: Metrics, model: str, engine: Watched) -> None:
+    def __init__(self, metrics: Metrics, model: str) -> None:
         self.registry, self.refused = metrics.registry, metrics.refused
-        self._requests, self._model = metrics.requests, model
+        self._metrics, self._requests, self._model = metrics, metrics.requests, model
         self.images, self.padding = metrics.images.labels(model), metrics.padding.labels(model)
         self.wasted = metrics.wasted.labels(model)
         self.step, self.rows = metrics.step.labels(model), metrics.rows.labels(model)
@@ -88,10 +89,14 @@ class EngineMetrics:
         self.predicted, self.ratio = metrics.predicted.labels(model), metrics.ratio.labels(model)
         for outcome in ("completed", "cancelled", "failed", "deadline"):
             metrics.requests.labels(model, outcome)
-        metrics.slots_limit.labels(model).set(engine.bounds.slots)
-        metrics.slots_running.labels(model).set_function(lambda: engine.scheduler.running)
-        metrics.slots_waiting.labels(model).set_function(lambda: engine.scheduler.waiting)
-        metrics.batch_rows_limit.labels(model).set_function(lambda: engine.rows_limit)
+
+    def watch(self, engines: Sequence[Watched]) -> None:
+        """Reads gauges from the model's engines, whenever somebody looks."""
+        m, model = self._metrics, self._model
+        m.slots_limit.labels(model).set(sum(engine.bounds.slots for engine in engines))
+        m.slots_running.labels(model).set_function(lambda: sum(engine.scheduler.running for engine in engines))
+        m.slots_waiting.labels(model).set_function(lambda: sum(engine.scheduler.waiting for engine in engines))
+        m.batch_rows_limit.labels(model).set_function(lambda: max(engine.rows_limit for engine in engines))
 
     def ended(self, outcome: str) -> None:
         """An accepted request has ended."""

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Status = Literal["ok", "starting", "draining", "failed"]
+
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
@@ -56,14 +58,27 @@ class EngineHealth(_Body):
     runtime: str | None = Field(description="What runs the network: torch or onnxruntime.")
     exact: bool | None = Field(description="Whether an image's bytes are its own, by the check at start-up.")
     exactness: str | None = Field(description="The same in words.")
+    fingerprint: str | None = Field(
+        description="Of the bits that were drawn then: where it is the same, so are the bytes of every image."
+    )
+
+
+class ReplicaHealth(_Body):
+    name: str = Field(description="The device, or what its cluster calls it.")
+    status: Status
+    slots_running: int
+    slots_waiting: int
+    slots_limit: int
+    batch_rows_limit: int | None
 
 
 class ModelHealth(_Body):
-    status: Literal["ok", "starting", "draining", "failed"]
+    status: Status
     device: str | None
     model: str
     sha256: str | None
-    engine: EngineHealth
+    engine: EngineHealth = Field(description="Of all its replicas together.")
+    replicas: list[ReplicaHealth] = Field(description="An engine each, a device or a process each.")
 
 
 class Health(ModelHealth):

@@ -33,12 +33,16 @@ class Settings(BaseSettings):
     model_sha256: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Start only with these weights: their sha256, or its first 12 digits or more; one a model."
     )
-    device: str = Field("auto", description="auto (CUDA where there is one, else the CPU), cpu, cuda, cuda:1, ...")
+    device: str = Field(
+        "auto",
+        description="auto (CUDA where there is one, else the CPU), cpu, cuda, cuda:1, ...; several, comma-separated, "
+        "or all.",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
     max_images: int = Field(64, ge=1, le=4096, description="Images one request may ask for.")
     queue_slots: int = Field(
-        1024, ge=1, description="Images of one model that may wait or run before requests get 429."
+        1024, ge=1, description="Images of one model on one device that may wait or run before requests get 429."
     )
     queue_s: float | None = Field(
         None,
@@ -134,6 +138,16 @@ class Settings(BaseSettings):
     def frame_bytes_of_key(self) -> int:
         """Bytes of moments of chains that one key may hold; of several keys none takes all."""
         return self.frame_bytes // 2 if len(self.keys) > 1 else self.frame_bytes
+
+    @field_validator("device")
+    @classmethod
+    def _devices_are_named_once(cls, value: str) -> str:
+        names = [name.strip() for name in value.split(",")]
+        if not all(names) or (len(names) > 1 and {"all", "auto"} & set(names)):
+            raise ValueError(f"{value!r} must be auto, all, or devices such as cuda:0,cuda:1")
+        if twice := [name for name in names if name != "cpu" and names.count(name) > 1]:
+            raise ValueError(f"{twice[0]} is named {len(twice)} times: one engine fills a device")
+        return value
 
     @model_validator(mode="after")
     def _models_are_told_apart(self) -> Settings:

@@ -54,6 +54,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def devices_of(names: str) -> list[str]:
+    """Devices by their names, comma-separated, each as pick_device takes it; `all` is every CUDA device, or the CPU."""
+    if names == "all":
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    return [name.strip() for name in names.split(",")]
+
+
 @torch.no_grad()
 def flops(net: UNet) -> int:
     """Floating-point operations of one row of a call: a multiply-add is two, and what has none is not counted.

@@ -21,6 +21,7 @@ from app.engine.runner import Runner, info_of, read
 from app.schemas import DenoiseRequest, GenerateRequest, NoiseRequest, parse_fields
 from app.settings import Settings, wrong
 from ddpm_core.hub import name_of
+from ddpm_core.network import devices_of
 
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**27
 # A service bounds what one of many clients may take. Here there is one, and the machine is theirs: what is left are
@@ -80,7 +81,7 @@ def _draw(question: Question, model: str | None, device: str | None, bar: Bar) -
 
     def load() -> Runner:
         """The model; what is wrong with the request is told before the engine looks at what the machine does."""
-        runner = Runner.load(reference, device or settings.device, pin)
+        runner = Runner.load(reference, device or devices_of(settings.device)[0], pin)
         asked.append(_params(question, body, runner.info, settings))
         bar.say(f"seeing how this machine runs {reference}")
         return runner
@@ -97,7 +98,8 @@ def _draw(question: Question, model: str | None, device: str | None, bar: Bar) -
     def tell(progress: Progress) -> None:
         bar.at(progress.step, progress.steps, progress.queue_position, progress.eta_s)
 
-    future = drawing.submit(engine, params, tell)
+    with drawing.refusals_told(params):
+        future = engine.submit(params, tell)
     while not future.done():
         engine.tick()  # on this thread: Ctrl-C ends it between two steps
     try:

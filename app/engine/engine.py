@@ -22,16 +22,16 @@ from app.engine.job import Job, OnProgress
 from app.engine.request import (
     Cancelled,
     DeadlinePassed,
-    DeadlineTooSoon,
     DuplicateRequest,
-    EngineBusy,
     EngineError,
     EngineNotReady,
     Exactness,
     GenerateParams,
     ModelInfo,
     Progress,
+    ReplicaState,
     Result,
+    Status,
 )  # fmt: skip
 from app.engine.runner import Row, Runner, to_pixels
 from app.engine.scheduler import Scheduler
@@ -40,16 +40,8 @@ from app.metrics import EngineMetrics, Metrics
 
 log = logging.getLogger("app.engine")
 
-Status = Literal["starting", "ok", "draining", "failed"]
 Outcome = Literal["completed", "cancelled", "failed", "deadline"]
 Batch = list[tuple[Job, int, Row]]
-
-
-REFUSED: dict[type[EngineError], str] = {
-    EngineNotReady: "not_ready",
-    DuplicateRequest: "duplicate_id",
-    DeadlineTooSoon: "deadline",
-}
 
 
 class Engine:
@@ -62,7 +54,7 @@ class Engine:
         batch_rows: the most network rows of a step; None: as many as the measured step time recommends.
         brief: steps of few rows and a short start-up check, for an engine that is started for one request.
         name: of the model.
-        metrics: where to count.
+        metrics: where to count; several engines of a model may count together.
         device: held while it loads or makes a step: engines that share a device take turns.
         clock: seconds, monotonic.
     """
@@ -76,7 +68,7 @@ class Engine:
         batch_rows: int | None = None,
         brief: bool = False,
         name: str = "model",
-        metrics: Metrics | None = None,
+        metrics: EngineMetrics | None = None,
         device: AbstractContextManager[object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -95,7 +87,7 @@ class Engine:
         self.rows_limit = 0
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
-        self.metrics = EngineMetrics(metrics or Metrics(), name, self)
+        self.metrics = metrics or EngineMetrics(Metrics(), name)
 
     # ---- for every thread
 
@@ -103,14 +95,17 @@ class Engine:
         """Starts loading; status turns from starting to ok, or to failed."""
         self._thread.start()
 
-    def prepare_plan(self, params: GenerateParams) -> None:
-        """Makes the plan of a request that would be accepted now: of many steps it takes a tenth of a second.
+    def expect(self, params: GenerateParams) -> float:
+        """The seconds until a request ends that is submitted now. Raises as submit() does."""
+        with self._changed:
+            return self._admit(params)
+
+    def make_plan(self, params: GenerateParams) -> None:
+        """Makes the plan of a request that is submitted next: of many steps it takes a tenth of a second.
 
         Raises:
-            As submit().
+            ValueError: this model's timesteps do not allow it.
         """
-        with self._changed:
-            self._admit(params)
         self._runner.row(params, 0)
 
     def submit(self, params: GenerateParams, on_progress: OnProgress | None = None) -> Future[Result]:
@@ -136,15 +131,11 @@ class Engine:
 
     def _admit(self, params: GenerateParams) -> float:
         """Refuses, or predicts the seconds until the request ends."""
-        try:
-            if self.status != "ok":
-                raise EngineNotReady(self.status)
-            if params.key in self._jobs:
-                raise DuplicateRequest(params.request_id)
-            return admit(params, self.scheduler, self.step_time, self.rows_limit, self.bounds)
-        except EngineError as error:
-            self.metrics.refused.labels(error.reason if isinstance(error, EngineBusy) else REFUSED[type(error)]).inc()
-            raise
+        if self.status != "ok":
+            raise EngineNotReady(self.status)
+        if params.key in self._jobs:
+            raise DuplicateRequest(params.request_id)
+        return admit(params, self.scheduler, self.step_time, self.rows_limit, self.bounds)
 
     def _finish_s(self, row_steps: int, longest: int, rows: int) -> float:
         return self.step_time.finish_s(row_steps, longest, rows, self.rows_limit)
@@ -156,6 +147,14 @@ class Engine:
             if job is not None:
                 self._end(job, "cancelled", Cancelled("the request was cancelled"))
             return job is not None
+
+    @property
+    def state(self) -> ReplicaState:
+        """How it is now."""
+        return ReplicaState(
+            self.name if self.info is None else self.info.device, self.status, self.scheduler.running,
+            self.scheduler.waiting, self.bounds.slots, self.rows_limit, self.exactness,
+        )  # fmt: skip
 
     def drain(self) -> None:
         """Refuses new requests from now on; accepted ones are served."""

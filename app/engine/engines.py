@@ -1,23 +1,66 @@
-"""The models that one process serves: an engine each, taking turns on the device they share."""
+"""The models that one process serves, wherever their engines are."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Protocol
 
-from app.engine.engine import Engine, Status
-from app.engine.request import ModelInfo
+from app.engine.job import OnProgress
+from app.engine.replicas import worst
+from app.engine.request import Exactness, GenerateParams, ModelInfo, Progress, ReplicaState, Result, Status
+
+
+class Served(Protocol):
+    """A model as routes know it: replicas.py has the one of this process, and what each of these means."""
+
+    name: str
+
+    @property
+    def info(self) -> ModelInfo | None: ...
+
+    @property
+    def exactness(self) -> Exactness | None: ...
+
+    @property
+    def status(self) -> Status: ...
+
+    @property
+    def states(self) -> list[ReplicaState]: ...
+
+    @property
+    def failure(self) -> BaseException | None: ...
+
+    @property
+    def idle(self) -> bool: ...
+
+    def start(self) -> None: ...
+
+    def on_failure(self, tell: Callable[[BaseException], None]) -> None: ...
+
+    async def submit(self, params: GenerateParams, on_progress: OnProgress | None = None) -> Future[Result]: ...
+
+    def progress(self, request_id: str, flow: str = "") -> Progress | None: ...
+
+    def holds(self, key: str) -> bool: ...
+
+    def cancel(self, request_id: str, flow: str = "") -> bool: ...
+
+    def drain(self) -> None: ...
+
+    def stop(self, timeout_s: float) -> bool: ...
 
 
 class Engines:
     """What there is to serve; the first is what requests mean that name no model."""
 
-    def __init__(self, engines: Sequence[Engine]) -> None:
+    def __init__(self, engines: Sequence[Served]) -> None:
         self.by_name = {engine.name: engine for engine in engines}
         self.default = engines[0]
 
-    def find(self, model: str | None) -> Engine | None:
-        """The engine of a model by its name, or by its id, name@first 12 of the weights' sha256."""
+    def find(self, model: str | None) -> Served | None:
+        """A model by its name, or by its id, name@first 12 of the weights' sha256."""
         if model is None:
             return self.default
         engine = self.by_name.get(model.partition("@")[0])
@@ -27,9 +70,7 @@ class Engines:
     @property
     def status(self) -> Status:
         """The worst of theirs."""
-        found = {engine.status for engine in self.by_name.values()}
-        worst: Sequence[Status] = ("failed", "draining", "starting", "ok")
-        return next(status for status in worst if status in found)
+        return worst([engine.status for engine in self.by_name.values()])
 
     @property
     def infos(self) -> list[ModelInfo]:
@@ -52,14 +93,14 @@ class Engines:
         return all(engine.idle for engine in self.by_name.values())
 
     def start(self) -> None:
-        """Starts loading, one model after the other."""
+        """Starts loading: on each device one model after the other."""
         for engine in self.by_name.values():
             engine.start()
 
     def on_failure(self, tell: Callable[[BaseException], None]) -> None:
         """Tells of any engine that fails from now on, on its thread."""
         for engine in self.by_name.values():
-            engine.on_failure = tell
+            engine.on_failure(tell)
 
     def drain(self) -> None:
         """Refuses new requests from now on; accepted ones are served."""

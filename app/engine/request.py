@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+Status = Literal["starting", "ok", "draining", "failed"]
+"""Of an engine."""
+
 
 class EngineError(Exception):
     """The engine refuses or fails a request."""
+
+    reason = "failed"  # by which refusals are counted
+    wait_s = math.inf  # until it might be accepted, as far as that is known
 
 
 class EngineBusy(EngineError):
@@ -19,25 +26,36 @@ class EngineBusy(EngineError):
 
     def __init__(self, reason: str, message: str, retry_after_s: float) -> None:
         super().__init__(message)
-        self.reason, self.retry_after_s = reason, max(1, math.ceil(retry_after_s))
+        self.reason, self.wait_s = reason, retry_after_s
+
+    @property
+    def retry_after_s(self) -> int:
+        return max(1, math.ceil(self.wait_s))
 
 
 class EngineNotReady(EngineError):
     """The engine is starting, draining, or has failed."""
 
+    reason = "not_ready"
+
 
 class DuplicateRequest(EngineError):
     """A request of this id is in flight."""
 
+    reason = "duplicate_id"
+
 
 class DeadlineTooSoon(EngineError):
     """The deadline cannot be met, by what steps take and what is before it."""
+
+    reason = "deadline"
 
     def __init__(self, needed_s: float, alone_s: float) -> None:
         super().__init__(
             f"about {needed_s * 1000:.0f} ms are needed now, {alone_s * 1000:.0f} ms with nothing before it"
         )
         self.needed_s, self.alone_s = needed_s, alone_s
+        self.wait_s = needed_s
 
 
 class DeadlinePassed(EngineError):
@@ -180,12 +198,24 @@ class Exactness:
     exact: bool
     rows_multiple: int  # network calls are padded to a multiple of so many rows
     checked_rows: tuple[int, ...]  # the batch sizes that were compared, bit by bit
+    fingerprint: str | None = None  # of the bits themselves: machines that have the same one draw the same bytes
+    alike: bool = True  # whether every replica has the same one
+
+    @classmethod
+    def of_all(cls, found: Sequence[Exactness]) -> Exactness:
+        """What holds of a model that several replicas serve, one at least: exact where all are, and draw the same."""
+        first = next((one for one in found if not one.exact), found[0])
+        if len({one.fingerprint for one in found}) > 1:
+            return dataclasses.replace(first, exact=False, fingerprint=None, alike=False)
+        return first
 
     @property
     def how(self) -> str:
         """The same for people."""
         if not self.checked_rows:
             return "not exact: not asked for (DDPM_EXACT=false)"
+        if not self.alike:
+            return "not exact: the replicas draw different bits; give them the same hardware and software"
         if not self.exact:
             return "not exact: on this device the bits of a row depend on the rows beside it"
         if self.checked_rows == (1,):
@@ -200,3 +230,16 @@ class Exactness:
     def most_rows(self) -> int:
         """The most network rows that a call may have for this to hold."""
         return max(self.checked_rows, default=2**31)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplicaState:
+    """How one of the engines that serve a model is."""
+
+    name: str  # its device, or what its cluster calls it
+    status: Status
+    slots_running: int  # images that have begun
+    slots_waiting: int  # images that have not
+    slots_limit: int
+    rows_limit: int  # network rows of a full step; 0: not known yet
+    exactness: Exactness | None  # None: not known yet

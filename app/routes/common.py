@@ -6,8 +6,7 @@ from fastapi import Request
 
 from app import errors
 from app.drawing import unavailable
-from app.engine.engine import Engine
-from app.engine.engines import Engines
+from app.engine.engines import Engines, Served
 from app.engine.request import ModelInfo
 
 REQUEST_ID = {"X-Request-Id": {"schema": {"type": "string"}, "description": "The request's id, its client's or new."}}
@@ -22,7 +21,7 @@ def check_ready(request: Request) -> None:
         raise unavailable(status)
 
 
-def served(request: Request, model: str | None) -> tuple[Engine, ModelInfo]:
+def served(request: Request, model: str | None) -> tuple[Served, ModelInfo]:
     """A model by its name or id, None being the default, and its engine.
 
     Raises:

@@ -14,14 +14,14 @@ import anyio
 import anyio.to_thread
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
-from starlette.concurrency import run_in_threadpool
 
 from app import answers, errors
 from app.access import flow_of
 from app.answers import FORMATS
 from app.description import header
-from app.drawing import kept_bytes, refusals_told, submit, to_problem
-from app.engine.engine import Engine
+from app.drawing import kept_bytes, refusals_told, to_problem
+from app.engine.engines import Served
+from app.engine.job import OnProgress
 from app.engine.request import DuplicateRequest, EngineError, GenerateParams, ModelInfo, Result
 from app.http import Preference, negotiate, unless_gone
 from app.jobs import Answer, Jobs
@@ -30,7 +30,6 @@ from app.routes.events import EVENTS, Events, OurEvents, event_stream
 from app.routes.requests import LOCATION, state_of
 from app.schemas import GenerateRequest, RequestState
 
-SHORT_PLAN = 100  # steps of which any sampler's plan is computed in some milliseconds
 OFFERED = (EVENTS, *answers.STILL)
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -84,30 +83,28 @@ ACCEPTED: dict[str, Any] = {
 """A 202, for OpenAPI."""
 
 
-async def prepare(request: Request, engine: Engine, params: GenerateParams) -> None:
-    """What must be before a request goes to its engine.
-
-    A long plan is computed where nobody waits for it: neither the event loop nor the engine's steps.
-    """
-    _check_id(request, engine, params)
-    if params.steps > SHORT_PLAN:
-        with refusals_told(params):
-            await run_in_threadpool(engine.prepare_plan, params)
-        _check_id(request, engine, params)  # another may have come meanwhile
+async def submit(
+    request: Request, engine: Served, params: GenerateParams, on_progress: OnProgress | None = None
+) -> Future[Result]:
+    """Hands a request to the engine; its refusals become problems."""
+    check_id(request, params)
+    with refusals_told(params):
+        return await engine.submit(params, on_progress)
 
 
-def _check_id(request: Request, engine: Engine, params: GenerateParams) -> None:
-    """Raises InFlight where a request of this id is served, by any engine, or its result is kept."""
-    kept = request.app.state.jobs.find(params.key)
-    if request.app.state.engines.holds(params.key) or kept is not None:
-        engine.metrics.refused.labels("duplicate_id").inc()
+def check_id(request: Request, params: GenerateParams) -> None:
+    """Raises InFlight where a request of this id is served, of any model, or its result is kept."""
+    state = request.app.state
+    kept = state.jobs.find(params.key)
+    if state.engines.holds(params.key) or kept is not None:
+        state.metrics.refused.labels(DuplicateRequest.reason).inc()
         if kept is None:
             raise to_problem(DuplicateRequest(), params)
         location = LOCATION.format(request_id=params.request_id)
         raise errors.InFlight(f"there is a request with this X-Request-Id: GET {location}, or use another id")
 
 
-async def finished(engine: Engine, params: GenerateParams, future: Future[Result]) -> Result:
+async def finished(engine: Served, params: GenerateParams, future: Future[Result]) -> Result:
     """The answer to a request that an engine has accepted. Whoever stops waiting ends it."""
     try:
         return await asyncio.wrap_future(future)
@@ -118,10 +115,9 @@ async def finished(engine: Engine, params: GenerateParams, future: Future[Result
             engine.cancel(params.request_id, params.flow)
 
 
-async def draw(request: Request, engine: Engine, params: GenerateParams) -> Result:
+async def draw(request: Request, engine: Served, params: GenerateParams) -> Result:
     """The engine's answer. Whoever stops waiting ends the request."""
-    await prepare(request, engine, params)
-    return await finished(engine, params, submit(engine, params))
+    return await finished(engine, params, await submit(request, engine, params))
 
 
 def media_type_of(request: Request, body: GenerateRequest) -> str:
@@ -138,13 +134,13 @@ def media_type_of(request: Request, body: GenerateRequest) -> str:
     return media_type
 
 
-def stream(
-    request: Request, engine: Engine, params: GenerateParams, events_of: Events, headers: Mapping[str, str]
+async def stream(
+    request: Request, engine: Served, params: GenerateParams, events_of: Events, headers: Mapping[str, str]
 ) -> Response:
-    """A request as an event stream. It has been prepared."""
-    return event_stream(
+    """A request as an event stream, once the engine has accepted it."""
+    return await event_stream(
         request,
-        lambda tell: submit(engine, params, tell),
+        lambda tell: submit(request, engine, params, tell),
         lambda: engine.cancel(params.request_id, params.flow),
         lambda error: to_problem(error, params),
         events_of,
@@ -153,7 +149,7 @@ def stream(
 
 
 async def respond(
-    request: Request, engine: Engine, info: ModelInfo, params: GenerateParams, media_type: str, scale: int
+    request: Request, engine: Served, info: ModelInfo, params: GenerateParams, media_type: str, scale: int
 ) -> Response:
     """Draws and answers in the media type, or with a 202 where the client prefers that."""
     headers = {
@@ -161,12 +157,11 @@ async def respond(
         "Vary": "Accept, Prefer",
     }  # fmt: skip
     if media_type == EVENTS:
-        await prepare(request, engine, params)
 
         def encode(result: Result) -> bytes:
             return answers.listed(result, params, info, scale)
 
-        return stream(request, engine, params, OurEvents(params.request_id, scale, encode), headers)
+        return await stream(request, engine, params, OurEvents(params.request_id, scale, encode), headers)
 
     async def work(held: ExitStack, threads: anyio.CapacityLimiter | None = None) -> Answer:
         """Its answer, once the engine has accepted it; what it holds is given back with `held`."""
@@ -181,14 +176,14 @@ async def respond(
 
     preference = Preference.of(request)
     jobs: Jobs = request.app.state.jobs
-    with ExitStack() as held:
+    with ExitStack() as held, ExitStack() as place:
         if params.frames:
             share = request.app.state.frames.share(held, flow_of(request.state))
             share(kept_bytes(params.slots * len(params.frames), info))
-        await prepare(request, engine, params)
         if preference.respond_async:
-            jobs.check_room(params.flow)  # nothing may come between this and its acceptance
-        future = submit(engine, params)
+            check_id(request, params)  # an id twice is worse than too many of them
+            place.enter_context(jobs.room(params.flow))
+        future = await submit(request, engine, params)
         mine = held.pop_all()
     if not preference.respond_async:
         request.state.held.callback(mine.close)  # frames count until they have been read

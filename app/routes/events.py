@@ -6,7 +6,7 @@ import asyncio
 import collections
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -64,9 +64,9 @@ class OurEvents:
         return event("error", ProblemBody(**problem.body(self.request_id)))
 
 
-def event_stream(
+async def event_stream(
     request: Request,
-    submit: Callable[[OnProgress], Future[Result]],
+    submit: Callable[[OnProgress], Awaitable[Future[Result]]],
     cancel: Callable[[], object],
     to_problem: Callable[[BaseException], errors.Problem],
     events_of: Events,
@@ -95,7 +95,7 @@ def event_stream(
 
         loop.call_soon_threadsafe(note)
 
-    future = submit(tell)
+    future = await submit(tell)
     request.state.held.callback(lambda: future.done() or cancel())
     future.add_done_callback(lambda _: tell(None))  # in its turn: after all that was told
 

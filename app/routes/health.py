@@ -4,30 +4,41 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from app.engine.engine import Engine
-from app.engine.engines import Engines
-from app.schemas_service import EngineHealth, Health, ModelHealth
+from app.engine.engines import Engines, Served
+from app.schemas_service import EngineHealth, Health, ModelHealth, ReplicaHealth
 from ddpm_core import __version__
 
 router = APIRouter(tags=["health"])
 
 
-def _of_model(engine: Engine) -> ModelHealth:
-    info = engine.info
+def _of_model(served: Served) -> ModelHealth:
+    info, exactness, states = served.info, served.exactness, served.states
     return ModelHealth(
-        status=engine.status,
+        status=served.status,
         device=info.device if info else None,
-        model=engine.name,
+        model=served.name,
         sha256=info.sha256 if info else None,
         engine=EngineHealth(
-            slots_running=engine.scheduler.running,
-            slots_waiting=engine.scheduler.waiting,
-            slots_limit=engine.bounds.slots,
-            batch_rows_limit=engine.rows_limit or None,
+            slots_running=sum(state.slots_running for state in states),
+            slots_waiting=sum(state.slots_waiting for state in states),
+            slots_limit=sum(state.slots_limit for state in states),
+            batch_rows_limit=max((state.rows_limit for state in states), default=0) or None,
             runtime=info.runtime if info else None,
-            exact=engine.exactness.exact if engine.exactness else None,
-            exactness=engine.exactness.how if engine.exactness else None,
+            exact=exactness.exact if exactness else None,
+            exactness=exactness.how if exactness else None,
+            fingerprint=exactness.fingerprint if exactness else None,
         ),
+        replicas=[
+            ReplicaHealth(
+                name=state.name,
+                status=state.status,
+                slots_running=state.slots_running,
+                slots_waiting=state.slots_waiting,
+                slots_limit=state.slots_limit,
+                batch_rows_limit=state.rows_limit or None,
+            )
+            for state in states
+        ],
     )
 
 
@@ -37,7 +48,7 @@ async def health(request: Request, response: Response) -> Health:
     """What is served, on what, and whether it is ready."""
     engines: Engines = request.app.state.engines
     response.status_code = 200 if engines.status == "ok" else 503
-    models = [_of_model(engine) for engine in engines.by_name.values()]
+    models = [_of_model(served) for served in engines.by_name.values()]
     return Health(**{**dict(models[0]), "status": engines.status}, models=models, version=__version__)
 
 

@@ -13,7 +13,7 @@ from app.access import flow_of
 from app.answers import JSON
 from app.description import json_body, problems
 from app.drawing import to_params
-from app.engine.engine import Engine
+from app.engine.engines import Served
 from app.engine.request import ModelInfo, Result
 from app.http import read_json, unless_gone
 from app.routes.common import served
@@ -36,7 +36,7 @@ MODEL, VERSION = "/models/{model}", "/models/{model}/versions/{version}"
 EXAMPLE = {"inputs": [{"name": "seed", "shape": [2], "datatype": "INT64", "data": [1, 9]}]}
 
 
-def _served(request: Request, model: str) -> tuple[Engine, ModelInfo]:
+def _served(request: Request, model: str) -> tuple[Served, ModelInfo]:
     version = request.path_params.get("version")  # no parameter of the operations, whose paths without one have none
     return served(request, model if version is None else f"{model}@{version}")
 

@@ -21,7 +21,7 @@ from app.engine.request import GenerateParams, ModelInfo, Progress, Result
 from app.http import base_url, read_json, unless_gone
 from app.prompts import label_of
 from app.routes.common import check_ready, served
-from app.routes.drawing import draw, prepare, stream
+from app.routes.drawing import draw, stream
 from app.routes.events import EVENTS, event
 from app.schemas import MOST_SCALE, GenerateRequest, ProblemBody, Sampling, parse, parse_fields
 from app.schemas_openai import (
@@ -122,8 +122,7 @@ async def images_generations(request: Request) -> Response:
     headers = {"X-Seed": str(params.seeds[0]), "X-Model": info.id}
     if body.stream:
         params = dataclasses.replace(params, previews=_every(params.steps, partial_images))
-        await prepare(request, engine, params)
-        return stream(request, engine, params, _Events(params, info, scale, partial_images), headers)
+        return await stream(request, engine, params, _Events(params, info, scale, partial_images), headers)
     result = await unless_gone(request, draw(request, engine, params))
     base = base_url(request) if body.response_format == "url" else None
     content = await run_in_threadpool(_answer, result, params, info, scale, base)

@@ -12,8 +12,7 @@ from app import answers, errors, images, provenance
 from app.access import flow_of
 from app.description import problems
 from app.drawing import kept_bytes
-from app.engine.engine import Engine
-from app.engine.engines import Engines
+from app.engine.engines import Engines, Served
 from app.engine.request import ModelInfo
 from app.forms import form_schema, read_upload
 from app.http import unless_gone
@@ -79,7 +78,7 @@ async def _work(request: Request, work: Callable[[], T]) -> T:
         )  # fmt: skip
 
 
-def _served(engines: Engines, claim: Claim) -> tuple[Engine, ModelInfo]:
+def _served(engines: Engines, claim: Claim) -> tuple[Served, ModelInfo]:
     """The engine of the weights that a picture names. Raises CannotTell."""
     sha256 = claim.images[0].sha256
     for engine in engines.by_name.values():

@@ -17,7 +17,7 @@ from benchmarks.policies import WholeRequests
 def main() -> None:
     settings = Settings()
     app = create_app(settings)
-    app.state.engines.default.scheduler = WholeRequests()  # before the lifespan starts the engine's thread
+    app.state.engines.default.engines[0].scheduler = WholeRequests()  # before the lifespan starts the engine's thread
     uvicorn.run(app, host=settings.host, port=settings.port, log_config=logs.CONFIG)
 
 

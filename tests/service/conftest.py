@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.engine.engine import Engine
 from app.engine.runner import Row, Runner
 from app.main import create_app
 from app.settings import Settings
@@ -30,6 +31,12 @@ class Service:
         self.client = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False), base_url="http://test"
         )
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the first model on the first device."""
+        first: Engine = self.app.state.engines.default.engines[0]
+        return first
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self.loop.run_until_complete(work)

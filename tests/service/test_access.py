@@ -67,9 +67,7 @@ def test_without_a_key_nothing_but_probes_answers(make_service: Callable[..., Se
                 assert response.status_code == 401
                 assert response.headers["www-authenticate"] == "Bearer"
                 assert method == "HEAD" or "key" in assert_problem(response, 401)["detail"]
-    refused = service.app.state.engines.default.metrics.registry.get_sample_value(
-        "ddpm_refused_total", {"reason": "unauthorized"}
-    )
+    refused = service.engine.metrics.registry.get_sample_value("ddpm_refused_total", {"reason": "unauthorized"})
     assert refused == 4 * sum(path not in OPEN | PAGE | DOCS for _, path in routes())
 
 
@@ -124,7 +122,7 @@ def test_a_body_is_not_read_before_the_key_is_known(make_service: Callable[..., 
 
 def test_each_key_has_slots_of_its_own(make_service: Callable[..., Service], hold: threading.Event) -> None:
     service = make_service(api_keys=KEYS, key_slots=4, max_images=4)
-    engine = service.app.state.engines.default
+    engine = service.engine
     hold.clear()
 
     async def ask_all() -> list[int]:
@@ -152,7 +150,7 @@ def test_each_key_has_slots_of_its_own(make_service: Callable[..., Service], hol
 def test_a_key_meets_no_request_of_another(make_service: Callable[..., Service], hold: threading.Event) -> None:
     """Neither by ending it nor by taking its id."""
     service = make_service(api_keys=KEYS)
-    engine = service.app.state.engines.default
+    engine = service.engine
     hold.clear()
 
     async def both() -> tuple[int, int, int, int, int]:

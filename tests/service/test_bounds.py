@@ -113,7 +113,7 @@ def test_more_uploads_at_once_than_fit_get_429(
 
     assert service.run(crowd()) == [429, 200, *[200] * fit]
     assert taken(service) == [0, 0, 0]
-    registry = service.app.state.engines.default.metrics.registry
+    registry = service.engine.metrics.registry
     assert registry.get_sample_value("ddpm_refused_total", {"reason": "uploads_full"}) == 1
 
 
@@ -224,7 +224,7 @@ def test_pictures_of_an_answer_are_bounded_together(make_service: Callable[..., 
 def test_the_queue_is_bounded_in_seconds_too(make_service: Callable[..., Service], hold: threading.Event) -> None:
     """What would wait longer is refused; what goes before the long one, being smaller, waits for nothing."""
     service = make_service(queue_s=0.5)
-    engine = service.app.state.engines.default
+    engine = service.engine
     hold.clear()
 
     async def ask() -> tuple[int, int, int]:

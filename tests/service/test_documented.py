@@ -50,7 +50,7 @@ class Provoking:
         self.service = make(api_keys=KEY["x-api-key"], metrics_key=True, request_s=0.2, queue_slots=4, max_images=4)
         self.hold, self.patch = hold, patch
         self.drawn = b""
-        self.engine = self.service.app.state.engines.default
+        self.engine = self.service.engine
 
     async def ask(self, operation: str, more: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
         """A good request, but for what is said."""

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.engine.engine import Engine
 from app.engine.job import OnProgress
 from app.engine.request import GenerateParams
 from app.engine.steptime import StepTime
@@ -246,7 +245,7 @@ def test_a_bad_request_id_is_422(service: Service) -> None:
 
 def test_what_was_refused_cost_nothing(service: Service) -> None:
     """No refused request ever reached the engine."""
-    engine: Engine = service.app.state.engines.default
+    engine = service.engine
     seen: list[GenerateParams] = []
     submit = engine.submit
 
@@ -270,7 +269,7 @@ def test_a_full_queue_is_429_and_an_id_in_flight_409(
 ) -> None:
     """While three of four slots are held: two images more are too many, one is served, and so is all afterwards."""
     service = make_service(queue_slots=4, max_images=4)
-    engine: Engine = service.app.state.engines.default
+    engine = service.engine
     hold.clear()
 
     def ask(n: int, request_id: str):  # type: ignore[no-untyped-def]
@@ -308,7 +307,7 @@ def test_a_deadline_that_cannot_be_met_now_is_429_at_once(
     make_service: Callable[..., Service], hold: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = make_service()
-    engine: Engine = service.app.state.engines.default
+    engine = service.engine
     engine.step_time, engine.rows_limit = StepTime([(1, 0.001), (8, 0.004)]), 8
     monkeypatch.setattr(StepTime, "observe", lambda *_: None)  # how busy this machine is now is of no account
     hold.clear()
@@ -328,13 +327,14 @@ def test_a_deadline_that_cannot_be_met_now_is_429_at_once(
     assert problem["type"] == "urn:ddpm:problem:deadline-too-soon"
     assert "try again later" in problem["detail"]
     assert int(response.headers["retry-after"]) >= 1
+    assert engine.metrics.registry.get_sample_value("ddpm_refused_total", {"reason": "deadline"}) == 1
 
 
 def test_a_deadline_that_passes_is_504(
     make_service: Callable[..., Service], hold: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = make_service()
-    engine: Engine = service.app.state.engines.default
+    engine = service.engine
     now = [1000.0]
     monkeypatch.setattr(engine, "_clock", lambda: now[0])
     hold.clear()
@@ -352,7 +352,7 @@ def test_a_deadline_that_passes_is_504(
 
 def test_a_request_can_be_ended_by_its_id(make_service: Callable[..., Service], hold: threading.Event) -> None:
     service = make_service()
-    engine: Engine = service.app.state.engines.default
+    engine = service.engine
     hold.clear()
 
     async def end_it() -> list[httpx.Response]:
@@ -396,7 +396,7 @@ def test_a_bug_is_a_problem_that_the_log_has_by_its_id(
     def fail(params: GenerateParams, on_progress: OnProgress | None = None) -> None:
         raise KeyError("secret")
 
-    monkeypatch.setattr(service.app.state.engines.default, "submit", fail)
+    monkeypatch.setattr(service.engine, "submit", fail)
     response = service.generate({"steps": 1}, **{"x-request-id": "my-id"})
     assert_problem(response, 500)
     assert response.headers["x-request-id"] == "my-id"

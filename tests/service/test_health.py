@@ -17,6 +17,7 @@ from app import images
 from app.engine.admission import Bounds
 from app.engine.engine import Engine
 from app.engine.engines import Engines
+from app.engine.replicas import Replicas
 from app.engine.request import EngineNotReady, GenerateParams
 from app.engine.runner import Row, Runner
 from ddpm_core import __version__
@@ -36,9 +37,14 @@ def test_health_says_what_is_served(service: Service, model_dir: Path) -> None:
         "sha256": sha256_of(model_dir / "unet" / WEIGHTS_NAME),
         "engine": {
             "slots_running": 0, "slots_waiting": 0, "slots_limit": 1024, "runtime": "onnxruntime",
-            "batch_rows_limit": service.app.state.engines.default.rows_limit, "exact": True,
+            "batch_rows_limit": service.engine.rows_limit, "exact": True,
             "exactness": "exact at all 32 batch sizes tried, 1 to 32 rows",
+            "fingerprint": service.engine.exactness.fingerprint,
         },
+        "replicas": [{
+            "name": "cpu", "status": "ok", "slots_running": 0, "slots_waiting": 0, "slots_limit": 1024,
+            "batch_rows_limit": service.engine.rows_limit,
+        }],
     }  # fmt: skip
     assert response.json() == {**of_model, "models": [of_model], "version": __version__}
     assert all(service.request("GET", path).status_code == 200 for path in PROBES + LIVE)
@@ -50,7 +56,7 @@ def test_while_the_model_loads_it_is_alive_but_not_ready(make_service: Callable[
     service = make_service(wait=False, model=model_dir)
     # A second engine whose loading is held: the first has started already.
     held = Engine(lambda: (gate.wait(), Runner.load(str(model_dir), "cpu"))[1], bounds=Bounds(8))
-    first, service.app.state.engines = service.app.state.engines, Engines([held])
+    first, service.app.state.engines = service.app.state.engines, Engines([Replicas([held], held.metrics)])
     held.start()
     try:
         assert service.request("GET", "/health").status_code == 503
@@ -70,7 +76,7 @@ def test_draining_refuses_new_work_and_serves_the_accepted(
     make_service: Callable[..., Service], hold: threading.Event
 ) -> None:
     service = make_service()
-    engine: Engine = service.app.state.engines.default
+    engine = service.engine
     hold.clear()
 
     async def accepted_and_refused() -> list[httpx.Response]:
@@ -182,7 +188,7 @@ def test_metrics_are_what_prometheus_reads(service: Service) -> None:
     }
     assert found["ddpm_slots_limit"] == 1024
     assert found["ddpm_slots_running"] == found["ddpm_slots_waiting"] == 0
-    assert found["ddpm_batch_rows_limit"] == service.app.state.engines.default.rows_limit
+    assert found["ddpm_batch_rows_limit"] == service.engine.rows_limit
     assert found["ddpm_step_seconds_count"] >= 3
     assert found["ddpm_images_total"] >= 2
     for name in (

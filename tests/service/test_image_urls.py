@@ -9,7 +9,6 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from app.engine.engine import Engine
 from app.engine.runner import Runner
 from app.routes.image_urls import Sharing
 from tests.service.conftest import Service, assert_problem
@@ -140,7 +139,7 @@ def test_identical_pictures_in_flight_are_one_computation(
 ) -> None:
     """Which goes on while one of its waiters is there, and ends with the last."""
     service = make_service()
-    engine: Engine = service.app.state.engines.default
+    engine = service.engine
     hold.clear()
 
     async def waiters() -> list[httpx.Response]:

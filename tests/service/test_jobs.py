@@ -91,7 +91,7 @@ def held(service: Service, hold: threading.Event, work: Callable[[], Coroutine[A
 
 
 def test_its_state_says_how_far_it_is_and_delete_ends_it(service: Service, hold: threading.Event) -> None:
-    engine = service.app.state.engines.default
+    engine = service.engine
 
     async def work() -> None:
         ask = service.client

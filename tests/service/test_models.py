@@ -90,7 +90,7 @@ def test_both_work_at_once_and_an_id_in_flight_is_of_both(two: Service, hold: th
             asyncio.ensure_future(ask("/generate", json={**BODY, "model": m}, headers={"x-request-id": m}))
             for m in ("tiny", "short")
         ]
-        while any(engine.scheduler.slots < 1 for engine in engines.by_name.values()):
+        while any(not one.states[0].slots_waiting for one in engines.by_name.values()):
             await asyncio.sleep(0.01)
         again = await ask("/generate", json={**BODY, "model": "tiny"}, headers={"x-request-id": "short"})
         ended = await two.client.delete("/requests/short")
@@ -111,7 +111,7 @@ def test_health_and_metrics_name_every_model(two: Service) -> None:
 
 
 def test_one_that_has_failed_is_a_service_that_has(two: Service) -> None:
-    engine = two.app.state.engines.by_name["short"]
+    engine = two.app.state.engines.by_name["short"].engines[0]
     engine.status = "failed"
     try:
         assert two.request("GET", "/livez").status_code == 503

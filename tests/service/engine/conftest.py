@@ -93,6 +93,7 @@ def make_engine(model: Model) -> Callable[..., Stepped]:
         runner = Runner(model, CPU, network or model.network(CPU))
         given = {"bounds": Bounds(1024), "exact": False, "batch_rows": 8, "clock": clock, **options}
         engine = Engine(lambda: runner, **given)
+        engine.metrics.watch([engine])
         engine.load()
         return Stepped(engine, clock)
 

@@ -47,7 +47,7 @@ class Poisoned(Counting):
 
 
 def metric(stepped: Stepped, name: str, **labels: str) -> float:
-    of_model = {} if name == "refused_total" else {"model": stepped.engine.name}
+    of_model = {"model": stepped.engine.name}
     value = stepped.engine.metrics.registry.get_sample_value(f"ddpm_{name}", of_model | labels)
     assert value is not None
     return value
@@ -330,8 +330,6 @@ def test_a_full_queue_refuses_before_it_accepts(make_engine: Make) -> None:
     assert (metric(stepped, "slots_waiting"), metric(stepped, "slots_limit")) == (10, 10)
     with pytest.raises(DuplicateRequest):
         stepped.submit("a")
-    assert metric(stepped, "refused_total", reason="queue_full") == 1
-    assert metric(stepped, "refused_total", reason="duplicate_id") == 1
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once(make_engine: Make) -> None:
@@ -347,7 +345,6 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(make_engine: Make) -> 
         stepped.submit("a", steps=1000, n=8, deadline_s=10 * alone_s)
     assert refused.value.alone_s < 10 * alone_s < refused.value.needed_s
     assert stepped.submit("small", steps=5, deadline_s=10 * alone_s)  # it goes before the others
-    assert metric(stepped, "refused_total", reason="deadline") == 2
 
 
 def test_a_slow_spell_does_not_lock_deadlines_out(make_engine: Make) -> None:

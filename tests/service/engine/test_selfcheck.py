@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.engine.request import Exactness
 from app.engine.runner import Runner
 from app.engine.selfcheck import find_exactness, measure
 from ddpm_core.checkpoint import Model
@@ -75,7 +74,7 @@ def test_padding_is_counted_and_done(make_engine: Callable[..., Stepped]) -> Non
     """After the check no call has another size than the ones that were found to be safe."""
     network = Spoiled(lambda x, t: len(x) % 4)
     stepped = make_engine(network, exact=True, batch_rows=None)
-    assert stepped.engine.exactness == Exactness(True, 4, stepped.engine.exactness.checked_rows)
+    assert (stepped.engine.exactness.exact, stepped.engine.exactness.rows_multiple) == (True, 4)
     network.calls.clear()
     stepped.submit("a", n=3)
     stepped.submit("b", n=2, guidance_scale=2.0)
