@@ -1,0 +1,106 @@
+"""What holds a network: an engine of its own in an actor of its own, one a GPU or a share of the CPUs."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator
+
+from prometheus_client import Metric
+
+from app.engine.replicas import Replicas
+from app.engine.request import EngineError, GenerateParams, ModelInfo, Progress, ReplicaState, Result
+from app.main import local
+from app.metrics import Metrics
+from app.settings import Settings
+from ray import serve
+
+POLL_S = 0.5  # of a request whose client does not watch it
+LOAD_POLL_S = 0.05
+
+Message = list[Progress] | Result | Exception | None
+"""None: accepted; then progress, newest last; then one result or error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What a replica says of itself."""
+
+    info: ModelInfo
+    state: ReplicaState
+    metrics: list[Metric]
+
+
+class Engine:
+    """One replica. Its constructor ends when it is ready, or fails with what is wrong with model or device."""
+
+    def __init__(self, settings: Settings) -> None:
+        metrics = Metrics()
+        self._registry = metrics.registry
+        engines = local(settings, metrics)
+        assert isinstance(engines.default, Replicas)
+        self._replicas = engines.default
+        self._replicas.start()
+        while self._replicas.status == "starting":
+            time.sleep(LOAD_POLL_S)
+        self.check_health()
+
+    async def draw(self, params: GenerateParams, watched: bool) -> AsyncIterator[Message]:
+        """Accepts a request, or says why not, and serves it. Whoever stops reading ends it.
+
+        Errors are answers here: raised ones would come wrapped.
+
+        Args:
+            params: checked against describe().info.
+            watched: whether every step is told; else a word now and then.
+        """
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[Progress | None]()
+
+        def tell(progress: Progress | None) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, progress)
+
+        try:
+            future = await self._replicas.submit(params, tell if watched else None)
+        except (EngineError, ValueError) as error:
+            yield error
+            return
+        try:
+            yield None
+            future.add_done_callback(lambda _: tell(None))
+            while not future.done():
+                try:
+                    found = [await asyncio.wait_for(news.get(), POLL_S)]
+                except TimeoutError:
+                    found = [self._replicas.progress(params.request_id, params.flow)]
+                while not news.empty():
+                    found.append(news.get_nowait())
+                if told := [progress for progress in found if progress is not None]:
+                    yield told
+            failure = future.exception()
+            assert failure is None or isinstance(failure, Exception)
+            yield failure or future.result()
+        finally:
+            if not future.done():
+                self._replicas.cancel(params.request_id, params.flow)
+
+    def describe(self) -> Described:
+        """Its model, how it is, and what it has counted."""
+        info, (state,) = self._replicas.info, self._replicas.states
+        assert info is not None
+        state = dataclasses.replace(state, name=serve.get_replica_context().replica_tag)
+        return Described(info, state, list(self._registry.collect()))
+
+    def check_health(self) -> None:
+        """Raises where it serves no more: Ray Serve then starts another."""
+        if self._replicas.failure is not None:
+            raise self._replicas.failure
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What autoscaling.py decides by."""
+        (state,) = self._replicas.states
+        return {"slots": float(state.slots_running + state.slots_waiting), "rows": float(state.rows_limit)}
+
+    def __del__(self) -> None:
+        if (replicas := getattr(self, "_replicas", None)) is not None:
+            replicas.stop(0)
