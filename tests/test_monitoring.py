@@ -75,7 +75,7 @@ EXPRESSIONS = list(expressions())
 
 @pytest.mark.parametrize(("where", "expression"), EXPRESSIONS, ids=[where for where, _ in EXPRESSIONS])
 def test_names_and_labels_are_those_of_the_service(where: str, expression: str, series: Series) -> None:
-    names = set(re.findall(r"\bddpm_\w+", expression))
+    names = set(re.findall(r"\b(?:ddpm|process)_\w+", expression))
     recorded = set(re.findall(r"\bddpm:\w+:\w+", expression))
     assert names | recorded | set(re.findall(r"\b(?:up|ALERTS)\b", expression))
     assert names <= series.keys()
@@ -84,7 +84,7 @@ def test_names_and_labels_are_those_of_the_service(where: str, expression: str, 
     every = OF_TARGETS.union(*known.values(), *([("model",)] if recorded else []))
     for by in re.findall(r"\bby \(([^)]*)\)", expression):
         assert {label.strip() for label in by.split(",")} <= every, by
-    for name, matchers in re.findall(r"\b(ddpm_\w+)\{([^}]*)\}", expression):
+    for name, matchers in re.findall(r"\b((?:ddpm|process)_\w+)\{([^}]*)\}", expression):
         for label, operator, value in re.findall(r'(\w+)(=~?)"([^"]*)"', matchers):
             assert label in known[name] or label in OF_TARGETS, f"{name} has no {label}"
             if label not in OF_TARGETS and "$" not in value:
