@@ -6,8 +6,6 @@ Arguments (`serve run ... replicas=4 gpus=1`, or `args` of a config file) are th
 the DDPM_* variables, which are read where this is run.
 """
 
-from __future__ import annotations
-
 import itertools
 
 from fastapi import FastAPI
@@ -94,7 +92,7 @@ class Ingress:
         return app
 
 
-def build(scale: Scale) -> serve.Application:
+def build(scale: Scale) -> serve.Application:  # Ray Serve reads this annotation: no `from __future__` here
     """The application, by the settings of the environment.
 
     Raises:
