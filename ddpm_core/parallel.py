@@ -28,9 +28,7 @@ from ddpm_core.network import pick_device
 T = TypeVar("T")
 P = ParamSpec("P")
 
-PATIENCE = datetime.timedelta(
-    hours=2
-)  # with a rank that downloads, saves or measures; one that dies is noticed at once
+PATIENCE = datetime.timedelta(hours=2)  # with a rank that downloads or saves; one that dies is noticed at once
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)  # what a command line ends with in one line
 
 
@@ -225,7 +223,11 @@ def _summary(errors: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
-    """This process among those that torchrun started with it, rank 0 of which alone is heard; ONE where it is alone."""
+    """This process among those that torchrun started with it, rank 0 of which alone is heard; ONE where it is alone.
+
+    Raises:
+        SystemExit: WORLD_SIZE says that there are others, and they cannot be reached.
+    """
     ranks = Ranks.of(os.environ)
     if ranks.world == 1:
         yield ranks
@@ -234,7 +236,11 @@ def joined() -> Iterator[Ranks]:
     if torch.cuda.is_available() and ranks.local < torch.cuda.device_count():
         torch.cuda.set_device(ranks.local)  # what "cuda" means from here on
         backend = "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(backend, timeout=PATIENCE)
+    try:
+        distributed.init_process_group(backend, timeout=PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        others = f"WORLD_SIZE={ranks.world}, but the other processes cannot be reached"
+        raise SystemExit(f"error: {others} ({one_line(error)}): start them with torchrun") from error
     with ranks.quiet():
         yield ranks
     distributed.destroy_process_group()

@@ -76,7 +76,7 @@ def train(run: Run, trainer: Trainer, directory: RunDirectory, log: list[StepSta
     previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=1.0, initial=trainer.progress, bar_format="{percentage:3.0f}% |{bar:20}| {desc}", mininterval=0.5)
     first_step, first_time, first_progress = trainer.step, time.monotonic(), trainer.progress
-    saved_at, loss_mean = first_time, math.nan
+    saved_at, loss_mean, lost = first_time, math.nan, False
     try:
         for stats in trainer.train():
             now = time.monotonic()
@@ -96,9 +96,12 @@ def train(run: Run, trainer: Trainer, directory: RunDirectory, log: list[StepSta
             if speaks and now - saved_at >= save_every:
                 directory.save(trainer, run, log)
                 saved_at = time.monotonic()
+    except RuntimeError as error:
+        lost = trainer.ranks.lost(error)
+        raise
     finally:
         bar.close()
-        for signum, handler in previous.items():
+        for signum, handler in previous.items() if not lost else ():  # torchrun's SIGTERM follows, with more to be said
             signal.signal(signum, handler)
     if speaks:
         directory.save(trainer, run, log)
@@ -141,7 +144,8 @@ def carry_out(
         ranks.agree(begin)
         run, trainer, on_what = prepare()
         log = ranks.agree(lambda: directory.load(trainer) if resume else [])
-        ranks.same(lambda: ({k: v for k, v in run.to_dict().items() if k not in run.PLACES}, trainer.step))
+        what = {k: v for k, v in run.to_dict().items() if k not in run.PLACES}
+        ranks.same(lambda: (what, trainer.step, trainer.device.type))
         run = run.trained_by(ranks.world)
         if ranks.rank == 0:
             checkpoint.clear_temporaries(directory.path)
