@@ -29,11 +29,10 @@ from torch import distributed
 
 from benchmarks.machine import MODEL, ROOT, busy_cores, print_json, table
 from benchmarks.turns import Spread, seconds_of
-from ddpm_core import parallel
 from ddpm_core.checkpoint import load_model
 from ddpm_core.data import ImageSet
 from ddpm_core.losses import DenoisingLoss
-from ddpm_core.parallel import Ranks
+from ddpm_core.parallel import Ranks, joined
 from ddpm_core.recipe import Recipe
 from ddpm_core.training import Trainer
 from ddpm_core.unet import UNet
@@ -79,6 +78,12 @@ def measured(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     return found
 
 
+@joined
+def work(ranks: Ranks, args: argparse.Namespace) -> int:
+    print(json.dumps(measured(args, ranks)))
+    return 0
+
+
 def started(args: argparse.Namespace, processes: int, threads: int) -> dict[str, Any]:
     """What measured() finds in so many processes."""
     words = ["--batch-size", str(args.batch_size), "--steps", str(args.steps), "--device", args.device]
@@ -102,8 +107,7 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        with parallel.joined() as ranks:
-            print(json.dumps(measured(args, ranks)))
+        work(args)
         return
     if args.quick:
         args.rounds, args.steps = 1, 2

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ddpm_core import card, checkpoint, classifier, data, data_arguments, evaluation, parallel, record, sampling
+from ddpm_core import card, checkpoint, classifier, data, data_arguments, evaluation, record, sampling
 from ddpm_core.checkpoint import Model
 from ddpm_core.classifier import LoadedClassifier
 from ddpm_core.evaluation import Evaluation, Figure, Protocol
 from ddpm_core.likelihood import Bound
-from ddpm_core.parallel import EXPECTED, Ranks
+from ddpm_core.parallel import EXPECTED, Ranks, joined
 
 PROG = "python -m ddpm_core.evaluate"
 
@@ -184,15 +184,15 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     print(json.dumps(figures, allow_nan=False))
 
 
-def main(argv: list[str] | None = None, prog: str = PROG) -> int:
-    with parallel.joined() as ranks:
-        args = ranks.parse(build_parser(prog), argv)
-        try:
-            run(args, ranks)
-        except KeyboardInterrupt:
-            return 130
-        except (*EXPECTED, RuntimeError) as error:
-            return ranks.refuse(error)
+@joined
+def main(ranks: Ranks, argv: list[str] | None = None, prog: str = PROG) -> int:
+    args = ranks.parse(build_parser(prog), argv)
+    try:
+        run(args, ranks)
+    except KeyboardInterrupt:
+        return 130
+    except (*EXPECTED, RuntimeError) as error:
+        return ranks.refuse(error)
     return 0
 
 

@@ -18,7 +18,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -221,17 +221,8 @@ def _summary(errors: Sequence[str]) -> str:
     return "; ".join(f"{_names(ranks)} of {len(errors)}: {error}" for error, ranks in ranks_of.items())
 
 
-@contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
-    """This process among those that torchrun started with it, rank 0 of which alone is heard; ONE where it is alone.
-
-    Raises:
-        SystemExit: WORLD_SIZE says that there are others, and they cannot be reached.
-    """
-    ranks = Ranks.of(os.environ)
-    if ranks.world == 1:
-        yield ranks
-        return
+def _join(ranks: Ranks) -> None:
+    """Raises SystemExit where the others cannot be reached."""
     backend = "gloo"
     if torch.cuda.is_available() and ranks.local < torch.cuda.device_count():
         torch.cuda.set_device(ranks.local)  # what "cuda" means from here on
@@ -241,9 +232,38 @@ def joined() -> Iterator[Ranks]:
     except (ValueError, RuntimeError) as error:
         others = f"WORLD_SIZE={ranks.world}, but the other processes cannot be reached"
         raise SystemExit(f"error: {others} ({one_line(error)}): start them with torchrun") from error
-    with ranks.quiet():
-        yield ranks
+
+
+def _end(code: int) -> NoReturn:
+    """Ends this process at once. On Python's own way out a thread of gloo, which DistributedDataParallel leaves behind
+    (torch 2.15), now and then aborts it, and torchrun takes that for a failure.
+    """
     distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def joined(main: Callable[Concatenate[Ranks, P], int]) -> Callable[P, int]:
+    """The main() of a command that all processes carry out together, rank 0 of which alone is heard.
+
+    It is given their Ranks, ONE of a process alone; with others it ends the process, with its exit code.
+    """
+
+    @functools.wraps(main)
+    def together(*args: P.args, **kwargs: P.kwargs) -> int:
+        ranks = Ranks.of(os.environ)
+        if ranks.world == 1:
+            return main(ranks, *args, **kwargs)
+        _join(ranks)
+        try:
+            with ranks.quiet():
+                code = main(ranks, *args, **kwargs)
+        except SystemExit as error:  # argparse's
+            code = int(error.code or 0)
+        _end(code)
+
+    return together
 
 
 def one_process(main: Callable[P, int]) -> Callable[P, int]:

@@ -34,7 +34,6 @@ from ddpm_core import (
     data,
     data_arguments,
     evaluation,
-    parallel,
     pictures,
     samplers,
     sampling,
@@ -43,7 +42,7 @@ from ddpm_core.checkpoint import Model
 from ddpm_core.classifier import Classifier
 from ddpm_core.evaluate import MIN_SAMPLES
 from ddpm_core.noise import MAX_SEED
-from ddpm_core.parallel import EXPECTED, Ranks
+from ddpm_core.parallel import EXPECTED, Ranks, joined
 from ddpm_core.plans import SamplingPlan
 from ddpm_core.spacings import Spacing
 
@@ -260,17 +259,17 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     print(card.sweep_table(sweep.content))
 
 
-def main(argv: list[str] | None = None, prog: str = PROG) -> int:
-    with parallel.joined() as ranks:
-        args = ranks.parse(build_parser(prog), argv)
-        try:
-            run(args, ranks)
-        except KeyboardInterrupt:
-            kept = args.model / card.SWEEP
-            print(f"stopped: the same command goes on; what is measured is in {kept}", file=sys.stderr)
-            return 130
-        except (*EXPECTED, RuntimeError) as error:
-            return ranks.refuse(error)
+@joined
+def main(ranks: Ranks, argv: list[str] | None = None, prog: str = PROG) -> int:
+    args = ranks.parse(build_parser(prog), argv)
+    try:
+        run(args, ranks)
+    except KeyboardInterrupt:
+        kept = args.model / card.SWEEP
+        print(f"stopped: the same command goes on; what is measured is in {kept}", file=sys.stderr)
+        return 130
+    except (*EXPECTED, RuntimeError) as error:
+        return ranks.refuse(error)
     return 0
 
 

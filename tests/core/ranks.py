@@ -6,9 +6,7 @@ in one goes into <FOLDER>/<name>.<rank>.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -16,8 +14,9 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
+from inspect import unwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_core import data, evaluate, likelihood, parallel, sampling, sweep, train, training, trajectories
+from ddpm_core import data, evaluate, likelihood, sampling, sweep, train, training, trajectories
 from ddpm_core.losses import DenoisingLoss
-from ddpm_core.parallel import Ranks, Told
+from ddpm_core.parallel import Ranks, Told, joined
 from ddpm_core.recipe import Recipe
 from ddpm_core.schedules import cosine
 from ddpm_core.training import Objective, Predict, Trainer
@@ -50,7 +49,10 @@ TRAINING = [
 MEASURED = ["--data", "digits", "--samples", "300", "--device", "cpu"]
 
 
-def interrupted(arguments: list[str]) -> int:
+train_main = unwrap(train.main)
+
+
+def interrupted(ranks: Ranks, arguments: list[str]) -> int:
     """train.main(), in the seventh step of which rank 1 alone gets a SIGINT."""
     call = DenoisingLoss.__call__
 
@@ -61,19 +63,25 @@ def interrupted(arguments: list[str]) -> int:
 
     DenoisingLoss.__call__ = strike
     try:
-        return train.main(arguments)
+        return train_main(ranks, arguments)
     finally:
         DenoisingLoss.__call__ = call
 
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], int]] = {  # by name: main(), arguments, exit code
-    "train": (train.main, [*TRAINING, "--out", "whole"], 0),
+COMMANDS: dict[
+    str, tuple[Callable[[Ranks, list[str]], int], list[str], int]
+] = {  # by name: main(), arguments, exit code
+    "train": (train_main, [*TRAINING, "--out", "whole"], 0),
     "interrupted": (interrupted, [*TRAINING, "--out", "halved"], 130),
-    "resumed": (train.main, ["--out", "halved", "--resume", "--device", "cpu"], 0),
-    "uneven": (train.main, [*TRAINING, "--out", "none", "--batch-size", "15"], 2),
-    "unknown": (train.main, ["--colour"], 2),
-    "evaluate": (evaluate.main, ["--model", "weights/tiny", *MEASURED, "--sampler", "fast", "--repeats", "1"], 0),
-    "sweep": (sweep.main, ["--model", "weights/two", *MEASURED, "--samplers", "ddim", "--nfe", "2", "3"], 0),
+    "resumed": (train_main, ["--out", "halved", "--resume", "--device", "cpu"], 0),
+    "uneven": (train_main, [*TRAINING, "--out", "none", "--batch-size", "15"], 2),
+    "unknown": (train_main, ["--colour"], 2),
+    "evaluate": (
+        unwrap(evaluate.main),
+        ["--model", "weights/tiny", *MEASURED, "--sampler", "fast", "--repeats", "1"],
+        0,
+    ),
+    "sweep": (unwrap(sweep.main), ["--model", "weights/two", *MEASURED, "--samplers", "ddim", "--nfe", "2", "3"], 0),
 }
 
 
@@ -198,30 +206,25 @@ def facts(ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 
 def carry_out(name: str, ranks: Ranks) -> int:
+    """Less the joining and the end of the process, which are had once."""
     main, arguments, _ = COMMANDS[name]
-    with open(f"{name}.{ranks.rank}", "w") as file, redirect_stdout(file), redirect_stderr(file):
+    with open(f"{name}.{ranks.rank}", "w") as file, redirect_stdout(file), redirect_stderr(file), ranks.quiet():
         try:
-            return main(arguments)
+            return main(ranks, arguments)
         except SystemExit as error:
             return int(error.code or 0)
 
 
-@contextlib.contextmanager
-def joined_already(ranks: Ranks) -> Iterator[Ranks]:
-    with ranks.quiet():
-        yield ranks
-
-
-def main(folder: Path) -> None:
+@joined
+def main(ranks: Ranks, folder: Path) -> int:
     os.chdir(folder)
-    with parallel.joined() as ranks:
-        found = ranks.gather({**facts(ranks, folder), **agreements(ranks, folder)})
-        if ranks.rank == 0:
-            Path("facts.json").write_text(json.dumps(found))
-        parallel.joined = functools.partial(joined_already, ranks)  # once is all that a process can
-        for name, (*_, code) in COMMANDS.items():
-            assert carry_out(name, ranks) == code, name
+    found = ranks.gather({**facts(ranks, folder), **agreements(ranks, folder)})
+    if ranks.rank == 0:
+        Path("facts.json").write_text(json.dumps(found))
+    for name, (*_, code) in COMMANDS.items():
+        assert carry_out(name, ranks) == code, name
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1])))
