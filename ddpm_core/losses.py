@@ -42,9 +42,8 @@ class DenoisingLoss:
         if recipe.shift >= min(height, width):
             raise ValueError(f"shift={recipe.shift} must be less than the images' {width} x {height} pixels")
         self.recipe, self.prediction, self.null_label, self.device = recipe, prediction, null_label, device
-        self.rows = ranks.share(
-            recipe.batch_size
-        )  # of every batch: drawn is the whole, so that all ranks draw the same
+        # What is random is drawn for the whole batch, so that all ranks draw the same; these rows of it are computed.
+        self.rows = ranks.share(recipe.batch_size)
         self.images, self.labels = images.images.to(device), images.labels.to(device)
         self.alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod).to(device)
         self.snr = torch.from_numpy(schedule.snr).to(device)
