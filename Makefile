@@ -54,7 +54,9 @@ lock: $(BIN)/uv
 
 # Known weaknesses of what is locked; what cannot be looked up is a failure too.
 audit: .venv/test
-	$(BIN)/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r requirements.lock
+	for lock in requirements.lock requirements-ray.lock; do \
+		$(BIN)/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r $$lock || exit 1; \
+	done
 
 sbom: .venv/test
 	mkdir -p dist

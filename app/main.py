@@ -47,7 +47,10 @@ from ddpm_core.hub import name_of
 from ddpm_core.network import devices_of
 
 LAST_WORDS_S = 2  # for answers on their way, and for the worker thread, when everything else has ended
-ONE_PROCESS = "one process serves one device, and shares its batches among all requests; for more, start more replicas"
+ONE_PROCESS = (
+    "one process serves all of its devices (DDPM_DEVICE=all), and shares its batches among all requests; for more, "
+    "start more replicas"
+)
 
 
 def create_app(

@@ -9,7 +9,7 @@ the DDPM_* variables, which are read where this is run.
 import itertools
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.engine.engines import Engines
@@ -20,12 +20,14 @@ from ddpm_core.hub import name_of
 from deploy.ray.autoscaling import ByWaiting
 from deploy.ray.engine import Engine
 from deploy.ray.remote import RemoteReplicas, Together
+from deploy.ray.router import FewestImages
 from ray import serve
 from ray.exceptions import TaskCancelledError
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
+NO_BOUND = 1_000_000  # requests
 INGRESS_REQUESTS = 4096  # at once: the engines bound what is drawn, the ingress's own budgets what is uploaded
 ON_HEAD = {"node:__internal_head__": 0.001}  # no other node that is lost takes connections with it
 LOOK_BACK_S = 11.0  # over which the images that wait are averaged: Ray Serve asks for more than 10
@@ -99,17 +101,26 @@ def build(scale: Scale) -> serve.Application:  # Ray Serve reads this annotation
         ValueError: settings that this cannot honour.
     """
     settings = Settings()
-    if "," in settings.device or settings.device == "all":
-        raise ValueError(f"DDPM_DEVICE={settings.device}: each replica has one device here: raise max_replicas")
+    device = _device(settings.device, scale.gpus)
     engines = []
     for model, pin in itertools.zip_longest(settings.served, settings.model_sha256):
-        own = settings.model_copy(update={"models": (), "model": model, "model_sha256": () if pin is None else (pin,)})
+        own = settings.model_copy(
+            update={
+                "models": (),
+                "model": model,
+                "model_sha256": () if pin is None else (pin,),
+                "device": device,
+                "api_keys": SecretStr(""),  # the ingress asks for them; here only their share counts
+                "key_slots": settings.slots_of_key,
+            }
+        )
         policy = AutoscalingPolicy(policy_function=ByWaiting, policy_kwargs={"waiting": scale.waiting})  # type: ignore[no-untyped-call]
         engine = serve.deployment(
             name=f"engine-{name_of(model)}",
             ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
-            max_ongoing_requests=settings.queue_slots,  # it has a bound of its own, which counts images
-            max_queued_requests=settings.queue_slots,
+            max_ongoing_requests=NO_BOUND,  # it has one of its own, which counts images and refuses at once
+            max_queued_requests=settings.queue_slots,  # while no replica is up
+            request_router_config=RequestRouterConfig(request_router_class=FewestImages),  # type: ignore[arg-type]
             graceful_shutdown_timeout_s=settings.drain_s,
             health_check_period_s=5,
             logging_config=QUIET,
@@ -127,7 +138,16 @@ def build(scale: Scale) -> serve.Application:  # Ray Serve reads this annotation
         name="ingress",
         num_replicas=1,
         max_ongoing_requests=INGRESS_REQUESTS,
-        graceful_shutdown_timeout_s=settings.drain_s,
+        graceful_shutdown_timeout_s=2 * settings.drain_s,  # for clients that wait, and for asynchronous requests
         ray_actor_options={"num_cpus": 0, "resources": ON_HEAD},
     )(serve.ingress()(Ingress))
     return ingress.bind(settings, engines)
+
+
+def _device(name: str, gpus: float) -> str:
+    """What each replica has, of those that Ray gives it. Raises ValueError."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"DDPM_DEVICE={name}: each replica has one device, which Ray chooses: auto, cpu or cuda")
+    if name == ("cpu" if gpus else "cuda"):
+        raise ValueError(f"DDPM_DEVICE={name} and gpus={gpus:g} contradict each other: leave DDPM_DEVICE out")
+    return "cuda" if gpus else "cpu"

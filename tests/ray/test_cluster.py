@@ -5,6 +5,7 @@ The tests share one cluster and run in their order: the first sees it grow.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,30 @@ from tests.service.conftest import Service, assert_problem
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]  # what Ray warns of is Ray's
 
+
+class Held:
+    """So many images in the engines, until it is left: in requests of one image each, or in one of all."""
+
+    def __init__(self, cluster: Cluster, images: int, *, large: bool = False) -> None:
+        self._client = httpx.Client(base_url=cluster.url, timeout=120)
+        n = images if large else 1
+        request = self._client.build_request("POST", "/generate", json={**LONG, "n": n}, headers=SSE)
+        self._streams = [self._client.send(request, stream=True) for _ in range(images // n)]
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for stream in self._streams:
+            stream.close()
+        self._client.close()
+
+    def statuses(self) -> set[int]:
+        return {stream.status_code for stream in self._streams}
+
+
 SSE = {"accept": "text/event-stream"}
-LONG = {"n": 16, "sampler": "ddpm", "steps": 1000}
+LONG = {"n": 32, "sampler": "ddpm", "steps": 1000}
 BODY = {"seed": 5, "label": 3, "n": 4, "steps": 6}
 
 
@@ -71,23 +94,42 @@ def test_streams_have_every_step(cluster: Cluster) -> None:
 
 
 def test_a_client_that_leaves_frees_its_slots(cluster: Cluster) -> None:
-    with pytest.raises(httpx.TimeoutException):
-        httpx.post(f"{cluster.url}/generate", json=LONG, timeout=1.0)
+    before = cluster.counted("requests_total", outcome="cancelled")
+
+    async def leave() -> None:
+        async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as client:
+            asked = client.post("/generate", json=LONG, headers={"x-request-id": "leaves"})
+            asking = asyncio.create_task(asked)
+            while (await client.get("/requests/leaves")).json().get("step", 0) == 0:
+                await asyncio.sleep(0.05)
+            asking.cancel()
+
+    asyncio.run(leave())
     with httpx.stream("POST", f"{cluster.url}/generate", json=LONG, headers=SSE, timeout=60) as response:
         next(response.iter_bytes())
-    cluster.wait_until(lambda: cluster.counted("requests_total", outcome="cancelled") == 2)
+    cluster.wait_until(lambda: cluster.counted("requests_total", outcome="cancelled") == before + 2)
     assert cluster.slots() == 0
 
 
 def test_a_request_is_ended_by_its_id(cluster: Cluster) -> None:
+    before = cluster.counted("requests_total", outcome="cancelled")
     accepted = cluster.post("/generate", json=LONG, headers={"prefer": "respond-async", "x-request-id": "long"})
     assert accepted.status_code == 202
     cluster.wait_until(lambda: cluster.get("/requests/long").json()["step"] > 0)
     assert_problem(cluster.post("/generate", json=BODY, headers={"x-request-id": "long"}), 409)
     assert httpx.delete(f"{cluster.url}/requests/long", timeout=60).status_code == 204
     assert cluster.get("/requests/long").json()["state"] == "cancelled"
-    cluster.wait_until(lambda: cluster.counted("requests_total", outcome="cancelled") == 3)
-    assert cluster.slots() == 0
+    cluster.wait_until(lambda: cluster.counted("requests_total", outcome="cancelled") == before + 1)
+
+
+def test_an_asynchronous_request_outlives_a_client_that_waited(cluster: Cluster) -> None:
+    body = {**LONG, "n": 1, "steps": 400}
+    headers = {"prefer": "respond-async, wait=50", "x-request-id": "left"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{cluster.url}/generate", json=body, headers=headers, timeout=httpx.Timeout(60, read=0.2))
+    cluster.wait_until(lambda: cluster.get("/requests/left").status_code == 200)
+    cluster.wait_until(lambda: cluster.get("/requests/left").json()["state"] != "running")
+    assert cluster.get("/requests/left").json()["state"] == "completed"
 
 
 def test_a_result_is_kept(cluster: Cluster) -> None:
@@ -101,18 +143,21 @@ def test_refusals_are_statuses(cluster: Cluster, headers: dict[str, str]) -> Non
     assert "deadline_ms" in assert_problem(too_soon, 422)["detail"]
     impossible = cluster.post("/generate", json={**BODY, "steps": 1001}, headers=headers)
     assert_problem(impossible, 422)
-    with httpx.Client(timeout=60) as first, httpx.Client(timeout=60) as second:
-        held = [
-            client.stream("POST", f"{cluster.url}/generate", json={**LONG, "n": 64}, headers=SSE)
-            for client in (first, second)
-        ]
-        for stream in held:
-            stream.__enter__()
+    with Held(cluster, 128) as held:
         full = cluster.post("/generate", json=BODY, headers=headers)
         assert_problem(full, 429)
         assert int(full.headers["retry-after"]) >= 1
-        for stream in held:
-            stream.__exit__(None, None, None)
+        cluster.wait_until(lambda: cluster.slots() == 128)
+    assert held.statuses() == {200}
+
+
+def test_a_full_replica_is_passed_over(cluster: Cluster) -> None:
+    """By its images: one large request fills it, and is still the only one."""
+    with Held(cluster, 64, large=True) as held:
+        cluster.wait_until(lambda: cluster.slots() == 64)
+        small = [cluster.post("/generate", json=BODY).status_code for _ in range(10)]
+    assert set(small) == {200}
+    assert held.statuses() == {200}
 
 
 def test_a_replica_that_dies_costs_nobody_an_answer(cluster: Cluster) -> None:
