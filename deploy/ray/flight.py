@@ -13,7 +13,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import aclosing
 
@@ -76,6 +76,7 @@ class Flight:
     def __post_init__(self) -> None:
         self.progress = Progress(0, self.params.steps, 0, 0.0, begun=False)
         self._told: tuple[int, int] | None = None
+        self._sent = False
         self.future.set_running_or_notify_cancel()  # nobody but this ends it
 
     @property
@@ -117,20 +118,20 @@ class Flight:
     async def _answer(self) -> Result | Exception:
         """By one replica after the other."""
         pauses = itertools.count()
-        refusals: dict[str, Exception] = {}
+        refusals: dict[str, EngineError] = {}  # by replica
         while True:
             try:
                 answer = await self._one_replica(refusals)
                 if not isinstance(answer, Refused):
-                    return answer
-                if isinstance(answer.error, ValueError):
+                    return _soonest(refusals) if refusals and isinstance(answer, DeadlinePassed) else answer
+                if not isinstance(answer.error, EngineError):
                     return answer.error
                 asked_all = answer.replica in refusals or len(refusals) + 1 >= self.replicas
                 refusals[answer.replica] = answer.error
                 if not asked_all:
                     continue
                 if not self.accepted.done():
-                    return min(refusals.values(), key=_wait_s)
+                    return _soonest(refusals)
                 refusals.clear()  # it has been promised: it waits for room
             except Lost as lost:
                 if self.lost >= MOST_LOST:
@@ -146,9 +147,12 @@ class Flight:
         """What one replica makes of it. Raises Lost."""
         params = self.params
         if params.deadline_s is not None:
-            if (left_s := self.deadline - time.monotonic()) <= 0:
+            if (left_s := self.deadline - time.monotonic()) <= 0 and self._sent:
                 return DeadlinePassed("the deadline has passed")
-            params = dataclasses.replace(params, deadline_s=left_s)
+            params = dataclasses.replace(
+                params, deadline_s=max(left_s, 1e-6)
+            )  # a replica says best that it is too soon
+        self._sent = True
         # A key of its own for each sending: a replica may still have one that nobody reads any more.
         params = dataclasses.replace(params, request_id=f"{params.request_id}~{next(_tries)}")
         taken = False
@@ -223,5 +227,6 @@ class Flight:
                     response.cancel()  # type: ignore[no-untyped-call]
 
 
-def _wait_s(error: Exception) -> float:
-    return error.wait_s if isinstance(error, EngineError) else math.inf
+def _soonest(refusals: Mapping[str, EngineError]) -> EngineError:
+    """The refusal that will be over first."""
+    return min(refusals.values(), key=lambda error: error.wait_s)

@@ -23,6 +23,7 @@ from ray.serve.handle import DeploymentResponseGenerator
 from app.engine.request import (
     Cancelled,
     DeadlinePassed,
+    DeadlineTooSoon,
     DuplicateRequest,
     EngineBusy,
     EngineError,
@@ -249,6 +250,13 @@ def test_a_deadline_passes_wherever_the_request_is(script: Script, monkeypatch: 
     replicas = Scripted(script)
     with pytest.raises(DeadlinePassed):
         replicas.drawn(dataclasses.replace(PARAMS, deadline_s=0.1))
+
+
+def test_a_deadline_that_passes_between_refusals_is_one_of_them() -> None:
+    too_soon = Refused("a", DeadlineTooSoon(2.0, 1.0))
+    replicas = Scripted([too_soon], [60.0], replicas=3)
+    with pytest.raises(DeadlineTooSoon):
+        replicas.drawn(dataclasses.replace(PARAMS, deadline_s=1e-9))
 
 
 def test_each_sending_has_a_key_of_its_own() -> None:
