@@ -21,24 +21,21 @@ pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]  # what Ray
 
 
 class Held:
-    """So many images in the engines, until it is left: in requests of one image each, or in one of all."""
+    """Engines with so many images each, until it is left."""
 
-    def __init__(self, cluster: Cluster, images: int, *, large: bool = False) -> None:
-        self._client = httpx.Client(base_url=cluster.url, timeout=120, limits=httpx.Limits())
-        n = images if large else 1
-        request = self._client.build_request("POST", "/generate", json={**LONG, "n": n}, headers=SSE)
-        self._streams = [self._client.send(request, stream=True) for _ in range(images // n)]
+    def __init__(self, cluster: Cluster, *images: int) -> None:
+        self._client = httpx.Client(base_url=cluster.url, timeout=120)
+        asked = [self._client.build_request("POST", "/generate", json={**LONG, "n": n}, headers=SSE) for n in images]
+        self._streams = [self._client.send(request, stream=True) for request in asked]
 
-    def __enter__(self) -> Held:
-        return self
+    def __enter__(self) -> set[int]:
+        """The statuses."""
+        return {stream.status_code for stream in self._streams}
 
     def __exit__(self, *exc: object) -> None:
         for stream in self._streams:
             stream.close()
         self._client.close()
-
-    def statuses(self) -> set[int]:
-        return {stream.status_code for stream in self._streams}
 
 
 SSE = {"accept": "text/event-stream"}
@@ -143,21 +140,38 @@ def test_refusals_are_statuses(cluster: Cluster, headers: dict[str, str]) -> Non
     assert "deadline_ms" in assert_problem(too_soon, 422)["detail"]
     impossible = cluster.post("/generate", json={**BODY, "steps": 1001}, headers=headers)
     assert_problem(impossible, 422)
-    with Held(cluster, 128) as held:
+    with Held(cluster, 64, 64) as statuses:
         full = cluster.post("/generate", json=BODY, headers=headers)
         assert_problem(full, 429)
         assert int(full.headers["retry-after"]) >= 1
-        cluster.wait_until(lambda: cluster.slots() == 128)
-    assert held.statuses() == {200}
+    assert statuses == {200}
+    cluster.wait_until(lambda: cluster.slots() == 0)
+
+
+def test_small_requests_are_refused_too_when_all_is_full(cluster: Cluster) -> None:
+    """None waits where nobody counts it: each is accepted or refused at once."""
+
+    async def many() -> list[int]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=cluster.url, timeout=120, limits=limits) as client:
+            ask = [client.build_request("POST", "/generate", json={**LONG, "n": 1}, headers=SSE) for _ in range(200)]
+            answers = await asyncio.gather(*(client.send(request, stream=True) for request in ask))
+            for answer in answers:
+                await answer.aclose()
+            return [answer.status_code for answer in answers]
+
+    statuses = asyncio.run(many())
+    assert set(statuses) == {200, 429}
+    assert statuses.count(200) >= 128
+    cluster.wait_until(lambda: cluster.slots() == 0)
 
 
 def test_a_full_replica_is_passed_over(cluster: Cluster) -> None:
     """By its images: one large request fills it, and is still the only one."""
-    with Held(cluster, 64, large=True) as held:
+    with Held(cluster, 64) as statuses:
         cluster.wait_until(lambda: cluster.slots() == 64)
         small = [cluster.post("/generate", json=BODY).status_code for _ in range(10)]
-    assert set(small) == {200}
-    assert held.statuses() == {200}
+    assert set(small) == statuses == {200}
 
 
 def test_a_replica_that_dies_costs_nobody_an_answer(cluster: Cluster) -> None:
