@@ -78,13 +78,13 @@ def test_an_image_has_the_same_bytes_whichever_device_draws_it(
     service: Service, pair: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn_by: list[Engine] = []
-    submit = Engine.submit
 
-    def noted(self: Engine, *args: Any) -> Any:
-        drawn_by.append(self)
-        return submit(self, *args)
+    def note(engine: Engine) -> None:
+        submit = engine.submit
+        monkeypatch.setattr(engine, "submit", lambda *args: (drawn_by.append(engine), submit(*args))[1])
 
-    monkeypatch.setattr(Engine, "submit", noted)
+    for engine in (service.engine, *engines_of(pair)):
+        note(engine)
     alone = service.generate(BODY).content
     for chosen in engines_of(pair):
         monkeypatch.setattr(Engine, "expect", lambda self, _, chosen=chosen: 0.0 if self is chosen else 1.0)

@@ -25,7 +25,8 @@ def parse(text: str) -> list[tuple[str, dict[str, object]]]:
     return found
 
 
-def test_every_step_is_told_and_then_the_images(service: Service) -> None:
+def test_every_step_is_told_and_then_the_images(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.engine, "rows_limit", 8)  # both images in each step, whatever the start has measured
     body = {"n": 2, "seed": 3, "label": 4, "steps": 5, "previews": 2, "scale": 2}
     response = service.generate(body, **SSE)
     assert response.status_code == 200
