@@ -30,6 +30,34 @@ class Arrival:
     seed: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Bursts:
+    """So often, for so long, the rate is so many times the mean; between bursts it is lower, so that the mean is kept.
+
+    The same length each time, where others draw it at random: few bursts are then enough for a percentile.
+    """
+
+    every_s: float = 10.0
+    lasting_s: float = 1.0
+    times: float = 3.0
+
+    def when(self, expected_s: float) -> float:
+        """The time until which as many come as without bursts until `expected_s`.
+
+        A burst is in the middle of its cycle.
+        """
+        cycles, left = divmod(expected_s, self.every_s)
+        calm_s = (self.every_s - self.lasting_s) / 2
+        calm = calm_s * self._calm_rate
+        burst = self.lasting_s * self.times
+        in_burst = min(max(left - calm, 0.0), burst)
+        return cycles * self.every_s + in_burst / self.times + (left - in_burst) / self._calm_rate
+
+    @property
+    def _calm_rate(self) -> float:
+        return (self.every_s - self.times * self.lasting_s) / (self.every_s - self.lasting_s)
+
+
 Mix = Sequence[tuple[Kind, int]]
 """Kinds, and how many of each there are in a block."""
 
@@ -45,7 +73,7 @@ def mean_work(mix: Mix) -> float:
     return sum(kind.work for kind in kinds) / len(kinds)
 
 
-def arrivals(mix: Mix, rate: float, count: int, seed: int) -> list[Arrival]:
+def arrivals(mix: Mix, rate: float, count: int, seed: int, bursts: Bursts | None = None) -> list[Arrival]:
     """`count` requests of a Poisson process of `rate` a second, given that so many came in count / rate seconds.
 
     Kinds come in shuffled blocks of the exact mix: drawn one by one, the few that are most of the work would make the
@@ -53,6 +81,8 @@ def arrivals(mix: Mix, rate: float, count: int, seed: int) -> list[Arrival]:
     """
     rng = random.Random(seed)
     times = sorted(rng.uniform(0, count / rate) for _ in range(count))
+    if bursts:
+        times = [bursts.when(at_s) for at_s in times]
     kinds: list[Kind] = []
     while len(kinds) < count:
         kinds += rng.sample(of_block := block(mix), len(of_block))
