@@ -22,7 +22,7 @@ from benchmarks.simulation import (
     round_robin,
 )
 from benchmarks.step_curve import Machine, machine_of
-from benchmarks.workload import Arrival, Bursts, Kind, Mix, arrivals, mean_work
+from benchmarks.workload import Arrival, Kind, Mix, Rates, arrivals, bursts, mean_work
 
 MIX: Mix = [(Kind(1, 10), 16), (Kind(4, 10), 2), (Kind(16, 20), 1), (Kind(1, 50), 1)]
 MACHINE = machine_of("1:2.9,2:3.9,4:6,8:10.4,16:19.6")
@@ -32,8 +32,8 @@ ROUTES: dict[str, Callable[[], Route]] = {
 }  # fmt: skip
 
 
-def requests_at(load: float, count: int, replicas: int = 1, bursts: Bursts | None = None) -> list[Arrival]:
-    return arrivals(MIX, load * replicas * MACHINE.requests_per_s(mean_work(MIX)), count, 7, bursts)
+def requests_at(load: float, count: int, replicas: int = 1, rates: Rates | None = None) -> list[Arrival]:
+    return arrivals(MIX, load * replicas * MACHINE.requests_per_s(mean_work(MIX)), count, 7, rates)
 
 
 def simulate(replicas: int, route: Route, requests: Sequence[Arrival]) -> list[Outcome]:
@@ -75,11 +75,11 @@ def test_one_replica_is_a_plain_loop_of_steps() -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
-@pytest.mark.parametrize("bursts", [None, Bursts()], ids=["poisson", "bursts"])
+@pytest.mark.parametrize("rates", [None, bursts()], ids=["poisson", "bursts"])
 def test_every_request_ends_once_or_is_refused_and_nothing_is_left(
-    route: Callable[[], Route], bursts: Bursts | None
+    route: Callable[[], Route], rates: Rates | None
 ) -> None:  # fmt: skip
-    requests = requests_at(1.5, 300, replicas=3, bursts=bursts)
+    requests = requests_at(1.5, 300, replicas=3, rates=rates)
     replicas = [Replica(MACHINE, Bounds(40)) for _ in range(3)]
     outcomes = Simulation(replicas, route()).run(requests)
     assert [outcome.arrival for outcome in outcomes] == requests
@@ -135,8 +135,7 @@ def test_what_a_request_costs_beside_its_steps_counts() -> None:
 
 
 def test_bursts_keep_the_mean_rate_and_have_their_own() -> None:
-    bursts = Bursts(every_s=10, lasting_s=1, times=3)
-    times = [arrival.at_s for arrival in requests_at(0.8, 20_000, 10, bursts)]
+    times = [arrival.at_s for arrival in requests_at(0.8, 20_000, 10, bursts(every_s=10, lasting_s=1, times=3))]
     plain = [arrival.at_s for arrival in requests_at(0.8, 20_000, 10)]
     assert times == sorted(times)
     whole = int(times[-1] // 10) * 10
