@@ -13,8 +13,8 @@ from benchmarks.simulation import Replica, Simulation
 class Rule:
     """How many replicas are wanted, and how soon that counts.
 
-    What is wanted for `up_s` on end is added, at most as many within a minute as there were; what nobody wanted for
-    `down_s` is taken out.
+    What is wanted for `up_s` on end is added, at most as many within a minute as there were. What nobody wanted for
+    `down_s` is taken out, all at once or one every `each_s`.
     """
 
     wanted: Callable[
@@ -24,6 +24,7 @@ class Rule:
     mean_s: float  # of what is seen: the mean of the looks of so long
     up_s: float
     down_s: float
+    each_s: float | None = None
     least: int = 1
     most: int = 100
 
@@ -66,7 +67,10 @@ class Autoscaler:
         if up > self._count:
             self._add(min(up, 2 * self._least_lately(60.0)) - self._count)
         elif down < self._count and now >= rule.down_s:
-            self._take_out(self._count - down)
+            if rule.each_s is None:
+                self._take_out(self._count - down)
+            elif now >= self.counts[-1][0] + rule.each_s:
+                self._take_out(1)
 
     def _least_lately(self, seconds: float) -> int:
         lately = [count for when, count in self.counts if when > self._simulation.now - seconds]

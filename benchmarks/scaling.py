@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -48,16 +49,9 @@ ROUTES: dict[str, Callable[[], Route]] = {
 }
 ROUTED = 8  # replicas for which routes are compared: as many devices may be in one process
 LEAST_S, LOOK_S, WARM_UP = 10.0, 0.25, 0.2
-RISE = Rates(((180, 1.5), *((10, 1.5 + 0.5 * k) for k in range(1, 6)), (370, 4.5), (300, 1.5)))
+RISE = Rates(((180, 1.5), *((10, 1.5 + 0.5 * k) for k in range(1, 6)), (880, 4.5), (340, 1.5)))
 """Of the autoscalers' load, in replicas that it would keep busy: within a minute it is three times as high."""
-RULES = {
-    "32 waiting": Rule(by_waiting(32), look_s=15, mean_s=60, up_s=0, down_s=300, least=2),
-    "4 waiting": Rule(by_waiting(4), look_s=15, mean_s=60, up_s=0, down_s=300, least=2),
-    "4 waiting, mean of 15 s": Rule(by_waiting(4), look_s=15, mean_s=15, up_s=0, down_s=300, least=2),
-    "16 slots": Rule(by_slots(16), look_s=10, mean_s=30, up_s=10, down_s=300, least=2),
-    "8 slots": Rule(by_slots(8), look_s=10, mean_s=30, up_s=10, down_s=300, least=2),
-}
-FIXED = (5, 6, 7)  # replicas that are not scaled, for comparison
+FIXED = (5, 6)  # replicas that are not scaled, for comparison
 SEED = 20_261_126
 
 Point = dict[str, Any]
@@ -155,6 +149,18 @@ def under_a_rise(study: Study, name: str, replicas: int, rule: Rule | None, star
     }  # fmt: skip
 
 
+def rules(rows: int) -> dict[str, Rule]:
+    """Those of deploy/k8s and deploy/ray, and their like with half of it, for steps of so many rows."""
+    hpa = functools.partial(Rule, look_s=15, mean_s=60, up_s=0, down_s=300, each_s=120, least=2)
+    ray = functools.partial(Rule, look_s=10, mean_s=30, up_s=10, down_s=300, least=2)
+    return {
+        "32 images wait": hpa(by_waiting(32)),
+        f"{rows} images wait": hpa(by_waiting(rows)),
+        f"{2 * rows} images": ray(by_slots(2 * rows)),
+        f"{rows} images": ray(by_slots(rows)),
+    }
+
+
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curve", type=machine_of, help="rows:ms,rows:ms,... instead of measuring this machine")
@@ -186,7 +192,9 @@ def main() -> None:
     found = curves(study, chosen.quick)
     sold = [sellable(points, study, chosen.price) for points in found]
     scaled = [under_a_rise(study, f"{count} all the time", count, None, 0.0) for count in FIXED]
-    scaled += [under_a_rise(study, name, rule.least, rule, chosen.start) for name, rule in RULES.items()]
+    scaled += [
+        under_a_rise(study, name, rule.least, rule, chosen.start) for name, rule in rules(machine.rows_limit).items()
+    ]
 
     points = list(itertools.chain(*found))
     print(f"steps of at most {machine.rows_limit} rows; load 1 of a replica: {study.rate:.2f} requests/s\n")
@@ -208,7 +216,7 @@ def main() -> None:
         "scaling", busy_cores_before=busy, curve_ms=machine.curve_ms, rows_limit=machine.rows_limit,
         request_ms=chosen.request_ms, outside_ms=chosen.outside_ms, queue_s=chosen.queue_s, bound_s=chosen.bound,
         price=chosen.price, start_s=chosen.start, requests_per_s=round(study.rate, 3), points=points, sellable=sold,
-        rise=scaled, took_s=round(time.monotonic() - began, 1),
+        rise=scaled, rise_pieces=RISE.pieces, took_s=round(time.monotonic() - began, 1),
     )  # fmt: skip
 
 
