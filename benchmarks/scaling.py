@@ -116,21 +116,34 @@ def measure(study: Study, replicas: int, kind: str, load: float, route: str) -> 
 
 def sellable(points: Sequence[Point], study: Study, price: float) -> Point:
     """Of the points of one curve: where its p99 leaves the bound, and what that makes a replica worth."""
-    load, waiting = points[0]["load"] if points[0]["p99_s"] <= study.bound_s else math.nan, points[0]["waiting"]
-    for low, high in itertools.pairwise(points):
-        if low["p99_s"] > study.bound_s:
-            break
-        share = min(1.0, (study.bound_s - low["p99_s"]) / max(high["p99_s"] - low["p99_s"], 1e-9))
-        share = share if high["p99_s"] > study.bound_s else 1.0
-        load, waiting = (low[name] + share * (high[name] - low[name]) for name in ("load", "waiting"))
-    images = sum(kind.n for kind in block(MIXED)) / len(block(MIXED))
-    images_per_s = load * study.rate * images
     first = points[0]
+    load, waiting = crossing(points, study.bound_s)
+    images = sum(kind.n for kind in block(MIXED)) / len(block(MIXED))
+    images_per_s = None if load is None else load * study.rate * images
     return {
-        "replicas": first["replicas"], "arrivals": first["arrivals"], "route": first["route"], "load": round(load, 3),
-        "highest_tried": load == points[-1]["load"], "images_per_s": round(images_per_s, 1),
-        "per_million": round(price / (3600 * images_per_s) * 1e6, 3), "waiting": round(waiting, 2),
+        "replicas": first["replicas"], "arrivals": first["arrivals"], "route": first["route"], "load": rounded(load, 3),
+        "highest_tried": load == points[-1]["load"], "images_per_s": rounded(images_per_s, 1),
+        "per_million": rounded(images_per_s and price / (3600 * images_per_s) * 1e6, 3),
+        "waiting": rounded(waiting, 2),
     }  # fmt: skip
+
+
+def crossing(points: Sequence[Point], bound_s: float) -> tuple[float, float] | tuple[None, None]:
+    """The load and the images that wait where p99 leaves its bound, or at the last point; None: before the first."""
+    held = list(itertools.takewhile(lambda point: point["p99_s"] <= bound_s, points))
+    if not held:
+        return None, None
+    low = held[-1]
+    if len(held) == len(points):
+        return low["load"], low["waiting"]
+    high = points[len(held)]
+    share = (bound_s - low["p99_s"]) / (high["p99_s"] - low["p99_s"])
+    load, waiting = (low[name] + share * (high[name] - low[name]) for name in ("load", "waiting"))
+    return load, waiting
+
+
+def rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def under_a_rise(study: Study, name: str, replicas: int, rule: Rule | None, start_s: float) -> Point:
@@ -150,14 +163,14 @@ def under_a_rise(study: Study, name: str, replicas: int, rule: Rule | None, star
 
 
 def rules(rows: int) -> dict[str, Rule]:
-    """Those of deploy/k8s and deploy/ray, and their like with half of it, for steps of so many rows."""
+    """What deploy/k8s and deploy/ray look at, and how soon they act, for steps of so many rows."""
     hpa = functools.partial(Rule, look_s=15, mean_s=60, up_s=0, down_s=300, each_s=120, least=2)
     ray = functools.partial(Rule, look_s=10, mean_s=30, up_s=10, down_s=300, least=2)
     return {
-        "32 images wait": hpa(by_waiting(32)),
-        f"{rows} images wait": hpa(by_waiting(rows)),
-        f"{2 * rows} images": ray(by_slots(2 * rows)),
-        f"{rows} images": ray(by_slots(rows)),
+        "32 images wait, by Kubernetes": hpa(by_waiting(32)),
+        f"{rows} images wait, by Kubernetes": hpa(by_waiting(rows)),
+        f"{2 * rows} images, by Kubernetes": hpa(by_slots(2 * rows)),
+        f"{2 * rows} images, by Ray": ray(by_slots(2 * rows)),
     }
 
 
