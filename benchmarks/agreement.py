@@ -24,11 +24,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import itertools
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -59,13 +60,13 @@ COMPARED = ("p50_s", "p99_s", "n1_p50_s", "n1_p99_s", "images_per_s")
 Point = dict[str, Any]
 
 
-async def alone(url: str, rows: int, asked: int) -> dict[int, float]:
-    """The median latency of one request of so many images at a time, by its steps."""
+async def ask_alone(url: str, rows: int, asked: int) -> Point:
+    """The median latency of one request of so many images at a time, with few steps and with many."""
     async with load.client_of(url, TIMEOUT_S) as client:
         took: dict[int, list[float]] = {FEW: [], MANY: []}
         for steps in (FEW, MANY) * asked:
             took[steps].append((await client.ask_now(Kind(rows, steps))).latency_s)
-    return {steps: statistics.median(found) for steps, found in took.items()}
+    return {"rows": rows, **{f"{steps}_steps_s": statistics.median(found) for steps, found in took.items()}}
 
 
 async def counters(pool: wire.Pool) -> dict[str, float]:
@@ -77,7 +78,7 @@ async def counters(pool: wire.Pool) -> dict[str, float]:
     return {"steps": found["ddpm_batch_rows_count"], "rows": found["ddpm_batch_rows_sum"], "requests": completed}
 
 
-async def crowd(url: str, seconds: float) -> Point:
+async def ask_in_a_crowd(url: str, seconds: float) -> Point:
     """What is counted in so long while the queue is never empty."""
     kinds = itertools.cycle(arrival.kind for arrival in arrivals(MIXED, 1, 400, SEED))
     async with load.client_of(url, TIMEOUT_S) as client:
@@ -97,22 +98,23 @@ async def crowd(url: str, seconds: float) -> Point:
     return {"took_s": took_s, **{name: after[name] - before[name] for name in after}}
 
 
-def calibrate(server: Server, rows_limit: int, asked: int, seconds: float) -> Point:
-    """What the simulation is told of a server."""
+def counted(server: Server, ask: Callable[..., Coroutine[Any, Any, Point]], *how: float) -> Point:
+    """What it finds, with the cores that each used meanwhile."""
     with counted_cores(server) as cores:
-        latencies = {rows: asyncio.run(alone(server.url, rows, asked)) for rows in sizes(rows_limit)}
-        crowded = asyncio.run(crowd(server.url, seconds))
-    points = [(rows, (of[MANY] - of[FEW]) / (MANY - FEW)) for rows, of in latencies.items()]
-    in_steps_s = crowded["steps"] * StepTime(points).seconds(round(crowded["rows"] / crowded["steps"]))
-    request_s = max(0.0, (crowded["took_s"] - in_steps_s) / crowded["requests"])
-    return {
-        "points": points,
-        "request_s": request_s,
-        "outside_s": max(0.0, latencies[1][FEW] - FEW * points[0][1] - request_s),
-        "crowd_requests_per_s": crowded["requests"] / crowded["took_s"],
-        "crowd_rows_a_step": crowded["rows"] / crowded["steps"],
-        **cores,
-    }
+        found = asyncio.run(ask(server.url, *how))
+    return {**found, **cores}
+
+
+def calibrate(server: Server, rows_limit: int, asked: int, seconds: float) -> tuple[Machine, Point]:
+    """What the simulation is told of a server, and what that was made of."""
+    alone = [quietly(functools.partial(counted, server, ask_alone, n, asked)) for n in sizes(rows_limit)]
+    crowd = quietly(functools.partial(counted, server, ask_in_a_crowd, seconds))
+    few, many = f"{FEW}_steps_s", f"{MANY}_steps_s"
+    step_time = StepTime([(of["rows"], (of[many] - of[few]) / (MANY - FEW)) for of in alone])
+    in_steps_s = crowd["steps"] * step_time.seconds(round(crowd["rows"] / crowd["steps"]))
+    request_s = max(0.0, (crowd["took_s"] - in_steps_s) / crowd["requests"])
+    outside_s = max(0.0, alone[0][few] - FEW * step_time.seconds(1) - request_s)
+    return Machine(step_time, rows_limit, request_s=request_s, outside_s=outside_s), {"alone": alone, "crowd": crowd}
 
 
 def figures(kinds: Sequence[Kind], waits: Sequence[float], until_s: float) -> Point:
@@ -185,10 +187,7 @@ def main() -> None:
     with started() as (server, last_s):
         asyncio.run(load.warm_up(server.url, KINDS))
         rows_limit = int(str((health(server.url) or {})["batch_rows_limit"]))
-        told = quietly(lambda: calibrate(server, rows_limit, 3 if chosen.quick else ASKED, seconds / 4))
-        machine = Machine(
-            StepTime(told["points"]), rows_limit, request_s=told["request_s"], outside_s=told["outside_s"]
-        )
+        machine, told = calibrate(server, rows_limit, 3 if chosen.quick else ASKED, seconds / 4)
         points = [window(server, machine, *which, seconds) for which in (WINDOWS[::3] if chosen.quick else WINDOWS)]
 
     report(machine, told, points, [*starts, round(last_s, 2)])
@@ -200,10 +199,11 @@ def main() -> None:
 
 def report(machine: Machine, told: Point, points: Sequence[Point], starts: Sequence[float]) -> None:
     """For people."""
+    crowd = told["crowd"]
     rate = machine.requests_per_s(mean_work(MIXED))
     curve = ",".join(f"{rows}:{ms:g}" for rows, ms in machine.curve_ms.items())
     print(f"--curve {curve} --request-ms {1000 * machine.request_s:.2f} --outside-ms {1000 * machine.outside_s:.2f}")
-    print(f"load 1: {rate:.2f} requests/s; 32 clients: {told['crowd_requests_per_s']:.2f}; starts: {starts} s\n")
+    print(f"load 1: {rate:.2f} requests/s; 32 clients: {crowd['requests'] / crowd['took_s']:.2f}; starts: {starts} s\n")
     rows = [
         [
             point["arrivals"], point["load"], point["requests"],
