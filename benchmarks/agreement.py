@@ -2,21 +2,22 @@
 
 What: p50 and p99 from when a request was due to its answer, of all requests and of n = 1, and images a second, measured
 and simulated, for Poisson arrivals and for bursts at several loads; how long a start takes.
-How: one server (`python -m app`, its defaults). What the simulation is told of it is measured first, by other requests
-than those that it then has to foretell:
-  t(B)       one client asks for B images, with few steps and with many: the difference, by the step. So a step counts
-             with what the engine does around it
-  outside    the rest of the time of one image: HTTP, the PNG, the client
-  a request  what it costs all others: 32 clients ask without a pause, and what their time is longer than the full steps
-             that were made in it, by the request. The network's threads wait for each other where HTTP takes a core
-Then requests come at their times and wait for nobody, and the same ones are simulated. `others_cores` is what neither
+How: one server, which prints of each step its rows and its time. What the simulation is told is measured first, with
+other requests than those that it then has to foretell, but under way: where HTTP, PNGs and the client take the cores
+that steps are made on, and threads wake up from pauses, a step takes longer than at the start.
+  capacity   row-steps a second of 32 clients who each ask again when answered
+  t(B)       the mean of all steps of B rows under Poisson arrivals at 0.6 of that, with all that the engine does around
+  outside    the mean of what those requests took beside their time in the engine, which the service tells
+Then requests come at their times and wait for nobody, and the same ones are simulated twice: with these steps, as who
+foretells must, and with the mean steps of their own window, as this machine's speed moves from one to the next. The
+first shows how good a forecast is here, the second whether the simulation is right. `others_cores` is what neither
 server nor client used of the machine: where that is more than a fifth of one, a window is measured anew, up to four
 times.
 On what: weights/mnist, the mixed workload of serving.py, over loopback HTTP; this client shares the machine's cores.
 
     python benchmarks/agreement.py [--seconds 60] [--quick]
 
-Ten minutes on two quiet cores, one with --quick. It prints what scaling.py takes: --curve, --request-ms, --outside-ms.
+Ten minutes on two quiet cores, one with --quick. It prints what scaling.py takes: --curve, --rows, --outside-ms.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import itertools
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
-
-from app.engine.steptime import StepTime, sizes
-from benchmarks import load, wire
+from app.engine.steptime import StepTime
+from benchmarks import load
 from benchmarks.machine import print_json, table
 from benchmarks.overload import counted_cores, quietly
 from benchmarks.servers import CONTENDERS, Server, health, running
@@ -48,9 +49,7 @@ WINDOWS: list[tuple[str, Rates | None, float]] = [
     *(("poisson", None, at) for at in (0.3, 0.5, 0.7, 0.85)),
     *(("bursts", bursts(), at) for at in (0.3, 0.5, 0.7)),
 ]
-FEW, MANY = 10, 50  # steps of the requests whose difference is t(B)
-ASKED = 15  # of each
-CLIENTS, SETTLE_S = 32, 2.0
+CLIENTS, CALIBRATED_AT = 32, 0.6
 STARTS = 3
 TIMEOUT_S = 60.0
 GOAL = 0.15
@@ -60,61 +59,60 @@ COMPARED = ("p50_s", "p99_s", "n1_p50_s", "n1_p99_s", "images_per_s")
 Point = dict[str, Any]
 
 
-async def ask_alone(url: str, rows: int, asked: int) -> Point:
-    """The median latency of one request of so many images at a time, with few steps and with many."""
+def steps_of(printed: str) -> dict[int, list[float]]:
+    """Seconds by rows, of what a recorded server has printed."""
+    found: dict[int, list[float]] = {}
+    for rows, ms in re.findall(r"^step (\d+) ([\d.]+)$", printed, re.MULTILINE):
+        found.setdefault(int(rows), []).append(float(ms) / 1000)
+    return found
+
+
+async def ask_on(url: str, seconds: float) -> None:
+    """A crowd for so long."""
     async with load.client_of(url, TIMEOUT_S) as client:
-        took: dict[int, list[float]] = {FEW: [], MANY: []}
-        for steps in (FEW, MANY) * asked:
-            took[steps].append((await client.ask_now(Kind(rows, steps))).latency_s)
-    return {"rows": rows, **{f"{steps}_steps_s": statistics.median(found) for steps, found in took.items()}}
+        kinds = itertools.cycle(arrival.kind for arrival in arrivals(MIXED, 1, 400, SEED))
 
-
-async def counters(pool: wire.Pool) -> dict[str, float]:
-    """Steps, rows and completed requests so far."""
-    text = (await pool.ask(wire.request("GET", "/metrics"))).body.decode()
-    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    found = {sample.name: sample.value for sample in samples}
-    completed = sum(s.value for s in samples if s.labels.get("outcome") == "completed")
-    return {"steps": found["ddpm_batch_rows_count"], "rows": found["ddpm_batch_rows_sum"], "requests": completed}
-
-
-async def ask_in_a_crowd(url: str, seconds: float) -> Point:
-    """What is counted in so long while the queue is never empty."""
-    kinds = itertools.cycle(arrival.kind for arrival in arrivals(MIXED, 1, 400, SEED))
-    async with load.client_of(url, TIMEOUT_S) as client:
-
-        async def ask_on() -> None:
+        async def one() -> None:
             for kind in kinds:
                 await client.ask_now(kind)
 
-        tasks = [asyncio.create_task(ask_on()) for _ in range(CLIENTS)]
-        await asyncio.sleep(SETTLE_S)
-        before, start = await counters(client.pool), client.now
-        await asyncio.sleep(seconds)
-        after, took_s = await counters(client.pool), client.now - start
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return {"took_s": took_s, **{name: after[name] - before[name] for name in after}}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await asyncio.gather(*(one() for _ in range(CLIENTS)))
 
 
-def counted(server: Server, ask: Callable[..., Coroutine[Any, Any, Point]], *how: float) -> Point:
-    """What it finds, with the cores that each used meanwhile."""
+def counted(server: Server, do: Callable[[], Any]) -> Point:
+    """What came of it, the steps that were made, and the cores that each used."""
+    before = len(server.printed())
+    start = time.monotonic()
     with counted_cores(server) as cores:
-        found = asyncio.run(ask(server.url, *how))
-    return {**found, **cores}
+        result = do()
+    return {"result": result, "steps": steps_of(server.printed()[before:]), "took_s": time.monotonic() - start, **cores}
 
 
-def calibrate(server: Server, rows_limit: int, asked: int, seconds: float) -> tuple[Machine, Point]:
+def calibrate(server: Server, rows_limit: int, seconds: float) -> tuple[Machine, Point]:
     """What the simulation is told of a server, and what that was made of."""
-    alone = [quietly(functools.partial(counted, server, ask_alone, n, asked)) for n in sizes(rows_limit)]
-    crowd = quietly(functools.partial(counted, server, ask_in_a_crowd, seconds))
-    few, many = f"{FEW}_steps_s", f"{MANY}_steps_s"
-    step_time = StepTime([(of["rows"], (of[many] - of[few]) / (MANY - FEW)) for of in alone])
-    in_steps_s = crowd["steps"] * step_time.seconds(round(crowd["rows"] / crowd["steps"]))
-    request_s = max(0.0, (crowd["took_s"] - in_steps_s) / crowd["requests"])
-    outside_s = max(0.0, alone[0][few] - FEW * step_time.seconds(1) - request_s)
-    return Machine(step_time, rows_limit, request_s=request_s, outside_s=outside_s), {"alone": alone, "crowd": crowd}
+    crowd = quietly(lambda: counted(server, lambda: asyncio.run(ask_on(server.url, seconds / 4))))
+    capacity = sum(rows * len(found) for rows, found in crowd["steps"].items()) / crowd["took_s"]
+    rate = CALIBRATED_AT * capacity / mean_work(MIXED)
+    requests = arrivals(MIXED, rate, round(rate * seconds), SEED + 1)
+    ask = functools.partial(load.open_loop, server.url, requests, TIMEOUT_S, None)
+    under_way = quietly(lambda: counted(server, lambda: asyncio.run(ask())))
+    answers, _ = under_way["result"]
+    outside_s = statistics.fmean(a.latency_s - a.drawn_s for a in answers if a.drawn_s is not None)
+    told = {
+        "crowd_row_steps_per_s": round(capacity, 1), "others_cores": [crowd["others_cores"], under_way["others_cores"]],
+        "steps": {rows: len(found) for rows, found in sorted(under_way["steps"].items())},
+        "medians_ms": {
+            rows: round(1000 * statistics.median(found), 3) for rows, found in sorted(under_way["steps"].items())
+        },
+    }  # fmt: skip
+    return Machine(mean_steps(under_way["steps"]), rows_limit, outside_s=outside_s), told
+
+
+def mean_steps(steps: Mapping[int, Sequence[float]]) -> StepTime:
+    """The curve of steps that were made."""
+    return StepTime(sorted((rows, statistics.fmean(found)) for rows, found in steps.items()))
 
 
 def figures(kinds: Sequence[Kind], waits: Sequence[float], until_s: float) -> Point:
@@ -129,12 +127,13 @@ def figures(kinds: Sequence[Kind], waits: Sequence[float], until_s: float) -> Po
 
 def measured(server: Server, requests: Sequence[Arrival]) -> Point:
     """What the service does."""
-    with counted_cores(server) as cores:
-        answers, _ = asyncio.run(load.open_loop(server.url, requests, TIMEOUT_S, None))
+    found = counted(server, lambda: asyncio.run(load.open_loop(server.url, requests, TIMEOUT_S, None)))
+    answers, _ = found["result"]
     good = [answer for answer in answers if answer.outcome == "200"]
     return {
         **figures([a.kind for a in good], [a.latency_s for a in good], max(a.ended_s for a in good)),
-        "answered": len(good), "client_late_p99_s": load.percentiles([a.late_s for a in answers])["p99"], **cores,
+        "answered": len(good), "client_late_p99_s": load.percentiles([a.late_s for a in answers])["p99"],
+        "curve": mean_steps(found["steps"]).points, "others_cores": found["others_cores"],
     }  # fmt: skip
 
 
@@ -154,12 +153,13 @@ def window(server: Server, machine: Machine, kind: str, rates: Rates | None, at:
     rate = at * machine.requests_per_s(mean_work(MIXED))
     requests = arrivals(MIXED, rate, round(rate * seconds), SEED, rates)
     real = quietly(lambda: measured(server, requests))
-    said = simulated(machine, requests)
-    off = {name: round(said[name] / real[name] - 1, 3) for name in COMPARED}
+    own = dataclasses.replace(machine, step_time=StepTime(real["curve"]))
+    said = {"foretold": simulated(machine, requests), "own_steps": simulated(own, requests)}
+    off = {how: {name: round(of[name] / real[name] - 1, 3) for name in COMPARED} for how, of in said.items()}
     print(f"{kind}, load {at:g}: simulated over measured - 1: {off}", file=sys.stderr)
     return {
         "arrivals": kind, "load": at, "requests_per_s": round(rate, 2), "requests": len(requests),
-        "measured": real, "simulated": said, "off": off,
+        "measured": real, **said, "off": off,
     }  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def window(server: Server, machine: Machine, kind: str, rates: Rates | None, at:
 def started() -> Iterator[tuple[Server, float]]:
     """A server, and the seconds until it was ready."""
     start = time.monotonic()
-    with running(CONTENDERS["ours"]) as server:
+    with running(CONTENDERS["ours_recorded"]) as server:
         yield server, time.monotonic() - start
 
 
@@ -187,7 +187,7 @@ def main() -> None:
     with started() as (server, last_s):
         asyncio.run(load.warm_up(server.url, KINDS))
         rows_limit = int(str((health(server.url) or {})["batch_rows_limit"]))
-        machine, told = calibrate(server, rows_limit, 3 if chosen.quick else ASKED, seconds / 4)
+        machine, told = calibrate(server, rows_limit, seconds)
         points = [window(server, machine, *which, seconds) for which in (WINDOWS[::3] if chosen.quick else WINDOWS)]
 
     report(machine, told, points, [*starts, round(last_s, 2)])
@@ -199,24 +199,24 @@ def main() -> None:
 
 def report(machine: Machine, told: Point, points: Sequence[Point], starts: Sequence[float]) -> None:
     """For people."""
-    crowd = told["crowd"]
-    rate = machine.requests_per_s(mean_work(MIXED))
     curve = ",".join(f"{rows}:{ms:g}" for rows, ms in machine.curve_ms.items())
-    print(f"--curve {curve} --request-ms {1000 * machine.request_s:.2f} --outside-ms {1000 * machine.outside_s:.2f}")
-    print(f"load 1: {rate:.2f} requests/s; 32 clients: {crowd['requests'] / crowd['took_s']:.2f}; starts: {starts} s\n")
-    rows = [
-        [
-            point["arrivals"], point["load"], point["requests"],
-            *(f"{point['measured'][name]:.3g} / {point['simulated'][name]:.3g} ({100 * point['off'][name]:+.0f} %)"
-              for name in COMPARED),
-            point["measured"]["others_cores"],
-        ]
-        for point in points
-    ]  # fmt: skip
-    print("measured / simulated:\n")
-    print(table(["arrivals", "load", "requests", *COMPARED, "others' cores"], rows))
-    off = [abs(point["off"][name]) for point in points for name in COMPARED]
-    print(f"\nwithin {GOAL:.0%}: {sum(value <= GOAL for value in off)} of {len(off)}; most: {max(off):.1%}")
+    print(f"--curve {curve} --rows {machine.rows_limit} --outside-ms {1000 * machine.outside_s:.2f}")
+    print(f"load 1: {machine.capacity:.0f} row-steps/s; 32 clients got {told['crowd_row_steps_per_s']:.0f}")
+    print(f"starts: {starts} s\n")
+    header = ["arrivals", "load", "requests", *COMPARED, "others' cores"]
+    for how, title in (("foretold", "with the steps measured before"), ("own_steps", "with the steps of each window")):
+        rows = [
+            [
+                point["arrivals"], point["load"], point["requests"],
+                *(f"{point['measured'][name]:.3g} / {point[how][name]:.3g} ({100 * point['off'][how][name]:+.0f} %)"
+                  for name in COMPARED),
+                point["measured"]["others_cores"],
+            ]
+            for point in points
+        ]  # fmt: skip
+        off = [abs(point["off"][how][name]) for point in points for name in COMPARED]
+        print(f"measured / simulated, {title}:\n\n{table(header, rows)}\n")
+        print(f"within {GOAL:.0%}: {sum(value <= GOAL for value in off)} of {len(off)}; most: {max(off):.1%}\n")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ emptier of two replicas (Ray Serve's rule) unless said otherwise. Load 1 is full
 empty; its first fifth is not counted. Between the loads of the table, p99 is read off a straight line.
 On what: the mixed workload of serving.py, kinds in random order, 1,024 image slots a replica, 10,000 requests a point,
 more where they are less than ten seconds of it. Bursts: in one second of ten three times the mean rate, everywhere at
-once. The curve is measured on this machine unless --curve gives another one, of whatever device. What a request costs
-beside its steps is --request-ms and --outside-ms, 0 unless given: agreement.py measures them.
+once. The curve is measured on this machine unless --curve gives another one, of whatever device. What a request takes
+outside of steps is --outside-ms, 0 unless given: agreement.py measures it.
 
-    python benchmarks/scaling.py [--curve ROWS:MS,...] [--request-ms 1] [--outside-ms 3] [--price 0.1] [--quick]
+    python benchmarks/scaling.py [--curve ROWS:MS,...] [--rows 8] [--outside-ms 3] [--price 0.1] [--quick]
 
 Fifteen minutes, one with --quick.
 """
@@ -177,7 +177,7 @@ def rules(rows: int) -> dict[str, Rule]:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curve", type=machine_of, help="rows:ms,rows:ms,... instead of measuring this machine")
-    parser.add_argument("--request-ms", type=float, default=0.0, help="by which a request delays all steps (0)")
+    parser.add_argument("--rows", type=int, help="network rows of a full step (as the engine chooses by the curve)")
     parser.add_argument("--outside-ms", type=float, default=0.0, help="of a request before and after its steps (0)")
     parser.add_argument("--queue-s", type=float, help="DDPM_QUEUE_S of the replicas (unset)")
     parser.add_argument("--bound", type=float, default=2.0, help="seconds that p99 may be (2)")
@@ -198,9 +198,8 @@ def main() -> None:
     chosen = options()
     began = time.monotonic()
     busy = None if chosen.curve else busy_cores()  # a given curve needs no quiet machine
-    machine = dataclasses.replace(
-        chosen.curve or this_machine(), request_s=chosen.request_ms / 1000, outside_s=chosen.outside_ms / 1000
-    )
+    machine = dataclasses.replace(chosen.curve or this_machine(), outside_s=chosen.outside_ms / 1000)
+    machine = dataclasses.replace(machine, rows_limit=chosen.rows or machine.rows_limit)
     study = Study(machine, Bounds(1024, queue_s=chosen.queue_s), chosen.bound, 1000 if chosen.quick else 10_000)
     found = curves(study, chosen.quick)
     sold = [sellable(points, study, chosen.price) for points in found]
@@ -227,7 +226,7 @@ def main() -> None:
     print(table(names, [[point[name] for name in names] for point in scaled]))
     print_json(
         "scaling", busy_cores_before=busy, curve_ms=machine.curve_ms, rows_limit=machine.rows_limit,
-        request_ms=chosen.request_ms, outside_ms=chosen.outside_ms, queue_s=chosen.queue_s, bound_s=chosen.bound,
+        outside_ms=chosen.outside_ms, queue_s=chosen.queue_s, bound_s=chosen.bound,
         price=chosen.price, start_s=chosen.start, requests_per_s=round(study.rate, 3), points=points, sellable=sold,
         rise=scaled, rise_pieces=RISE.pieces, took_s=round(time.monotonic() - began, 1),
     )  # fmt: skip

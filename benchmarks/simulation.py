@@ -39,7 +39,6 @@ class Replica:
         self.images: dict[int, int] = {}  # left to draw, by request
         self.step: list[Image] = []
         self.steps = self.row_steps = 0
-        self._owed_s = 0.0  # of what requests cost beside their steps, by the next step
 
     def expect(self, kind: Kind) -> float:
         """The seconds until a request ends that is submitted now. Raises EngineError where it is refused."""
@@ -49,17 +48,15 @@ class Replica:
     def submit(self, request: int, kind: Kind) -> None:
         self.scheduler.add(str(request), "", params_of(kind).images)
         self.images[request] = kind.n
-        self._owed_s += self.machine.request_s
 
     def begin(self) -> float | None:
         """Chooses the next step. Returns its seconds; None: there is nothing to do."""
         if not self.images:
             return None
         self.step = self.scheduler.next(self.machine.rows_limit)
-        rows, owed_s, self._owed_s = len(self.step), self._owed_s, 0.0
         self.steps += 1
-        self.row_steps += rows
-        return self.machine.seconds(rows) + owed_s
+        self.row_steps += len(self.step)
+        return self.machine.seconds(len(self.step))
 
     def end(self) -> list[int]:
         """The step is made. Returns the requests that ended with it."""

@@ -12,12 +12,11 @@ from benchmarks.machine import MODEL, ROOT
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """How long a step takes, how many rows it may have, and what a request costs beside its steps."""
+    """How long a step takes, how many rows it may have, and what a request takes outside of steps."""
 
     step_time: StepTime
     rows_limit: int
     rows_multiple: int = 1
-    request_s: float = 0.0  # by which a request delays the steps of all: HTTP and PNG on the cores that make them
     outside_s: float = 0.0  # of a request's own time before its first step and after its last
 
     def seconds(self, rows: int) -> float:
@@ -30,7 +29,7 @@ class Machine:
 
     def requests_per_s(self, work: float) -> float:
         """Those of so many row-steps each that it serves in full steps: load 1."""
-        return 1 / (work / self.capacity + self.request_s)
+        return self.capacity / work
 
     @property
     def curve_ms(self) -> dict[int, float]:

@@ -92,18 +92,19 @@ def rise() -> bytes:
 def agreement() -> bytes:
     """Simulated against measured."""
     found = figures("agreement")["points"]
-    figure, axes = plt.subplots(figsize=(5, 4))
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.7), sharey=True)
     names = {"p50_s": "p50", "p99_s": "p99", "n1_p50_s": "p50 of n = 1", "n1_p99_s": "p99 of n = 1"}
-    for name, label in names.items():
-        axes.plot(
-            [one["measured"][name] for one in found], [one["simulated"][name] for one in found], "o", markersize=5,
-            label=label,
-        )  # fmt: skip
-    ends = [0.02, 5.0]
-    axes.plot(ends, ends, color="black", linewidth=0.8)
-    axes.fill_between(ends, [0.85 * end for end in ends], [1.15 * end for end in ends], alpha=0.15, color="black")
-    axes.set(xlabel="measured, s", ylabel="simulated, s", xscale="log", yscale="log", xlim=ends, ylim=ends)
-    axes.legend(fontsize=8)
+    titles = {"foretold": "step times measured before", "own_steps": "step times of the window itself"}
+    for axes, (how, title) in zip(panels, titles.items(), strict=True):
+        for name, label in names.items():
+            measured, said = ([one[of][name] for one in found] for of in ("measured", how))
+            axes.plot(measured, said, "o", markersize=4, label=label)
+        ends = [0.02, 5.0]
+        axes.plot(ends, ends, color="black", linewidth=0.8)
+        axes.fill_between(ends, [0.85 * end for end in ends], [1.15 * end for end in ends], alpha=0.15, color="black")
+        axes.set(xlabel="measured, s", title=title, xscale="log", yscale="log", xlim=ends, ylim=ends)
+    panels[0].set(ylabel="simulated, s")
+    panels[0].legend(fontsize=8)
     return png(figure)
 
 

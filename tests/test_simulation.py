@@ -125,13 +125,11 @@ def test_many_replicas_under_one_roof_wait_no_longer_than_one() -> None:
         assert routed["least expected end"] < routed["fewest of two"] < routed["at random"]
 
 
-def test_what_a_request_costs_beside_its_steps_counts() -> None:
-    """Alone it waits for it once; in a full queue everybody waits for everybody's."""
-    machine = Machine(StepTime([(1, 0.01)]), 1, request_s=0.002, outside_s=0.003)
-    apart, at_once = ([Arrival(k * gap_s, Kind(1, 5), 0, 0) for k in range(3)] for gap_s in (1.0, 0.0))
-    assert waits(Simulation([Replica(machine)], at_first).run(apart)) == pytest.approx([0.055] * 3)
-    assert waits(Simulation([Replica(machine)], at_first).run(at_once))[-1] == pytest.approx(15 * 0.01 + 0.006 + 0.003)
-    assert machine.requests_per_s(5) == pytest.approx(1 / 0.052)
+def test_what_a_request_takes_outside_of_steps_delays_nobody_else() -> None:
+    machine = Machine(StepTime([(1, 0.01)]), 1, outside_s=0.003)
+    at_once = [Arrival(0.0, Kind(1, 5), 0, 0)] * 3
+    assert waits(Simulation([Replica(machine)], at_first).run(at_once))[-1] == pytest.approx(15 * 0.01 + 0.003)
+    assert machine.requests_per_s(5) == pytest.approx(20)
 
 
 def test_bursts_keep_the_mean_rate_and_have_their_own() -> None:
