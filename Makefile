@@ -6,14 +6,14 @@ BIN := .venv/bin
 # uv installs from the registry alone: a stray wheel in a find-links folder cannot give a torch without its torchvision.
 UV := env -u PIP_FIND_LINKS -u VIRTUAL_ENV $(BIN)/uv pip
 
-.PHONY: serve test check test-slow fuzz soak card docs lock audit sbom image clean
+.PHONY: serve test check test-slow test-ray fuzz soak card docs lock audit sbom image clean
 
 serve: .venv/service
 	DDPM_PORT=$(PORT) $(BIN)/python -m app
 
 # Threads of several processes must not spin for work on the same cores.
 test: check
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow" --durations=10 -n auto --maxprocesses 4 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow and not ray" --durations=10 -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv/test
 	$(BIN)/ruff format --check .
@@ -22,6 +22,11 @@ check: .venv/test
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow
+
+# The service on a real cluster of three nodes, all of them here: two or three minutes.
+test-ray: .venv/ray
+	$(BIN)/mypy -p deploy
+	$(BIN)/python -m pytest -m ray
 
 fuzz: .venv/test
 	$(BIN)/python -m tests.service.fuzz --examples 800
@@ -44,10 +49,14 @@ lock: $(BIN)/uv
 		--upgrade --extra train pyproject.toml -o requirements.lock
 	$(UV) compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 		--upgrade --extra train --extra test --extra audit -c requirements.lock pyproject.toml -o requirements-test.lock
+	$(UV) compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+		--upgrade --extra ray -c requirements-test.lock pyproject.toml -o requirements-ray.lock
 
 # Known weaknesses of what is locked; what cannot be looked up is a failure too.
 audit: .venv/test
-	$(BIN)/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r requirements.lock
+	for lock in requirements.lock requirements-ray.lock; do \
+		$(BIN)/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r $$lock || exit 1; \
+	done
 
 sbom: .venv/test
 	mkdir -p dist
@@ -71,4 +80,8 @@ $(BIN)/uv:
 .venv/test: requirements-test.lock pyproject.toml | $(BIN)/uv
 	$(UV) install -q --require-hashes -r requirements-test.lock
 	$(UV) install -q --no-deps -e .
+	@touch $@
+
+.venv/ray: requirements-ray.lock .venv/test
+	$(UV) install -q --require-hashes -r requirements-ray.lock
 	@touch $@

@@ -6,7 +6,7 @@ import functools
 import itertools
 import multiprocessing
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -47,14 +47,24 @@ from ddpm_core.hub import name_of
 from ddpm_core.network import devices_of
 
 LAST_WORDS_S = 2  # for answers on their way, and for the worker thread, when everything else has ended
-ONE_PROCESS = "one process serves one device, and shares its batches among all requests; for more, start more replicas"
+ONE_PROCESS = (
+    "one process serves all of its devices (DDPM_DEVICE=all), and shares its batches among all requests; for more, "
+    "start more replicas"
+)
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """The service as an ASGI application; its lifespan starts the engine and drains it at the end."""
+def create_app(
+    settings: Settings | None = None, make_engines: Callable[[Settings, Metrics], Engines] | None = None
+) -> FastAPI:
+    """The service as an ASGI application; its lifespan starts the engines and drains them at the end.
+
+    Args:
+        settings: None: those of the environment.
+        make_engines: makes what draws; None: this process does.
+    """
     settings = settings or Settings()
     counted = Metrics()
-    engines = _engines(settings, counted)
+    engines = (make_engines or local)(settings, counted)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -109,8 +119,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-def _engines(settings: Settings, metrics: Metrics) -> Engines:
-    """An engine for each model on each device; those of one device load, and make their steps, one at a time."""
+def local(settings: Settings, metrics: Metrics) -> Engines:
+    """Engines of this process, one for each model on each device; those of a device load, and make steps, in turns."""
     devices = [(name, Turns()) for name in devices_of(settings.device)]
 
     def replicas(model: str, sha256: str | None) -> Replicas:

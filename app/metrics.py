@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 WAIT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -45,10 +45,14 @@ class Watched(Protocol):
 
 
 class Metrics:
-    """Of one process: `_total` counts, `_seconds` measures, limits are gauges beside what they bound."""
+    """Of one process, its memory, time and files too.
+
+    `_total` counts, `_seconds` measures, limits are gauges beside what they bound.
+    """
 
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
+        ProcessCollector(registry=r)
         of = ["model"]
         self.slots_running = Gauge("ddpm_slots_running", "Images that have begun and are not done.", of, registry=r)
         self.slots_waiting = Gauge("ddpm_slots_waiting", "Images that have not begun.", of, registry=r)

@@ -143,8 +143,8 @@ class Settings(BaseSettings):
     @classmethod
     def _devices_are_named_once(cls, value: str) -> str:
         names = [name.strip() for name in value.split(",")]
-        if not all(names) or (len(names) > 1 and {"all", "auto"} & set(names)):
-            raise ValueError(f"{value!r} must be auto, all, or devices such as cuda:0,cuda:1")
+        if not all(names) or (len(names) > 1 and {"all", "auto", "cuda"} & set(names)):
+            raise ValueError(f"{value!r} must be auto, all, one device, or devices such as cuda:0,cuda:1")
         if twice := [name for name in names if name != "cpu" and names.count(name) > 1]:
             raise ValueError(f"{twice[0]} is named {len(twice)} times: one engine fills a device")
         return value

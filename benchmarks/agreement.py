@@ -39,7 +39,7 @@ from app.engine.steptime import StepTime
 from benchmarks import load
 from benchmarks.machine import print_json, table
 from benchmarks.overload import counted_cores, quietly
-from benchmarks.servers import CONTENDERS, Server, health, running
+from benchmarks.servers import Contender, Server, health, running
 from benchmarks.serving import KINDS, MIXED
 from benchmarks.simulation import Replica, Simulation, at_first
 from benchmarks.step_curve import Machine
@@ -49,6 +49,7 @@ WINDOWS: list[tuple[str, Rates | None, float]] = [
     *(("poisson", None, at) for at in (0.3, 0.5, 0.7, 0.85)),
     *(("bursts", bursts(), at) for at in (0.3, 0.5, 0.7)),
 ]
+RECORDED = Contender("benchmarks.contenders.recorded")
 CLIENTS, CALIBRATED_AT = 32, 0.6
 STARTS = 3
 TIMEOUT_S = 60.0
@@ -167,7 +168,7 @@ def window(server: Server, machine: Machine, kind: str, rates: Rates | None, at:
 def started() -> Iterator[tuple[Server, float]]:
     """A server, and the seconds until it was ready."""
     start = time.monotonic()
-    with running(CONTENDERS["ours_recorded"]) as server:
+    with running(RECORDED) as server:
         yield server, time.monotonic() - start
 
 

@@ -4,7 +4,7 @@ What, by number of replicas, for Poisson arrivals and for bursts: p50 and p99 fr
 and, of these, the highest load at which p99 stays within a bound (2 s), which is what can be sold: images a second of a
 replica, and the cost of a million. Then routes compared, and autoscalers under a load that triples.
 How: benchmarks/simulation.py: the real scheduler and admission, steps that take what the curve says. Requests go to the
-emptier of two replicas (Ray Serve's rule) unless said otherwise. Load 1 is full steps all the time. Every point starts
+replica of two that has fewer, unless said otherwise. Load 1 is full steps all the time. Every point starts
 empty; its first fifth is not counted. Between the loads of the table, p99 is read off a straight line.
 On what: the mixed workload of serving.py, kinds in random order, 1,024 image slots a replica, 10,000 requests a point,
 more where they are less than ten seconds of it. Bursts: in one second of ten three times the mean rate, everywhere at
@@ -43,6 +43,7 @@ ARRIVALS: dict[str, Rates | None] = {"poisson": None, "bursts": bursts()}
 LOADS = {"poisson": (0.5, 0.7, 0.8, 0.9, 0.95), "bursts": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)}
 ROUTES: dict[str, Callable[[], Route]] = {
     "fewest of two": lambda: simulated.fewest_of_two(SEED),
+    "fewest images": lambda: simulated.fewest_images,
     "least expected end": lambda: simulated.least_expected_end,
     "round robin": simulated.round_robin,
     "at random": lambda: simulated.at_random(SEED),

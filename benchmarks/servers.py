@@ -39,7 +39,6 @@ class Contender:
 
 CONTENDERS = {
     "ours": Contender("app"),
-    "ours_recorded": Contender("benchmarks.contenders.recorded"),
     "ours_unbatched": Contender("app", env={"DDPM_BATCH_ROWS": "1"}),
     "ours_whole_requests": Contender("benchmarks.contenders.whole_requests"),
     "plain": Contender("benchmarks.contenders.plain", "/health", needs=("diffusers",)),

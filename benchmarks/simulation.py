@@ -97,7 +97,7 @@ def least_expected_end(replicas: Sequence[Replica], kind: Kind) -> Replica:
 
 
 def fewest_of_two(seed: int) -> Route:
-    """What Ray Serve does: of two at random, the one with fewer requests."""
+    """What Envoy and Ray Serve do by themselves: of two at random, the one with fewer requests."""
     rng = random.Random(seed)
 
     def route(replicas: Sequence[Replica], kind: Kind) -> Replica:
@@ -105,6 +105,11 @@ def fewest_of_two(seed: int) -> Route:
         return min(two, key=lambda replica: len(replica.images))
 
     return route
+
+
+def fewest_images(replicas: Sequence[Replica], kind: Kind) -> Replica:
+    """What deploy/ray does, whose ingress knows all replicas."""
+    return min(replicas, key=lambda replica: replica.scheduler.slots)
 
 
 def at_random(seed: int) -> Route:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ddpm_core import checkpoint, record
+from ddpm_core.parallel import one_process
 
 PROG = "python -m ddpm_core.average"
 
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint.write_atomically(args.out / record.RECORD_NAME, checkpoint.to_json({"average_of": parts}))
 
 
+@one_process
 def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     args = build_parser(prog).parse_args(argv)
     try:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_core import checkpoint, data, data_arguments
+from ddpm_core.parallel import one_process
 
 PROG = "python -m ddpm_core.classifier"
 
@@ -131,6 +132,7 @@ def load(directory: Path) -> LoadedClassifier:
     return LoadedClassifier(net.to(memory_format=torch.channels_last).eval().requires_grad_(False), digest)
 
 
+@one_process
 def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0])
     data_arguments.add_data_arguments(parser)

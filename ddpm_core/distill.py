@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ddpm_core import checkpoint, record, run_options, training_loop, trajectories
 from ddpm_core.checkpoint import Model
-from ddpm_core.network import pick_device
+from ddpm_core.parallel import Ranks, joined
 from ddpm_core.runs import DistillationRun, Run, RunDirectory
 from ddpm_core.training import Trainer
 from ddpm_core.trajectories import Chains, TrajectoryLoss
@@ -89,24 +89,29 @@ def old_run(args: argparse.Namespace, directory: RunDirectory) -> tuple[Distilla
     return run, teacher
 
 
-def main(argv: list[str] | None = None, prog: str = PROG) -> int:
-    args = build_parser(prog).parse_args(argv)
+@joined
+def main(ranks: Ranks, argv: list[str] | None = None, prog: str = PROG) -> int:
+    args = ranks.parse(build_parser(prog), argv)
     directory = RunDirectory(args.out)
 
     def prepare() -> tuple[Run, Trainer, str]:
-        run, teacher = old_run(args, directory) if args.resume else new_run(args)
-        device, which = pick_device(args.device), run.chains
+        device = ranks.agree(lambda: ranks.device(args.device))
+        run, teacher = ranks.agree(lambda: old_run(args, directory) if args.resume else new_run(args))
+        ranks.agree(lambda: ranks.share(run.recipe.batch_size))  # before the work: it may be refused
+        which = run.chains
         with tqdm(total=which.chains, desc="the teacher's chains", unit="chain", mininterval=0.5, delay=0.5) as bar:
             network = teacher.network(device)
-            chains = trajectories.draw(teacher, network, device, which, directory.path / "chains", bar.update)
+            chains = trajectories.draw(teacher, network, device, which, directory.path / "chains", bar.update, ranks)
         schedule = run.scheduler.schedule()
         objective = TrajectoryLoss(
             chains, trajectories.labels_of(teacher, range(which.chains)),
-            which.plans(schedule)[0], run.scheduler.prediction_type, run.recipe, device=device,
+            which.plans(schedule)[0], run.scheduler.prediction_type, run.recipe, device=device, ranks=ranks,
         )  # fmt: skip
         net = UNet(run.unet)
         net.load_state_dict(teacher.net.state_dict())
-        trainer = Trainer(net, objective, run.recipe, device=device, compile_net=run.compile, bf16=run.bf16)
+        trainer = Trainer(
+            net, objective, run.recipe, device=device, compile_net=run.compile, bf16=run.bf16, ranks=ranks
+        )
         on_what = (
             f"data   {which.chains:,} chains of {run.teacher}, {which.teacher_nfe} calls each, "
             f"to be learned in {which.nfe}"
@@ -114,7 +119,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
         return run, trainer, on_what
 
     return training_loop.carry_out(
-        prepare, directory, "ddpm_core.distill", resume=args.resume, save_every=args.save_every
+        prepare, directory, "ddpm_core.distill", ranks, resume=args.resume, save_every=args.save_every
     )
 
 

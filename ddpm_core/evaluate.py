@@ -5,6 +5,8 @@ Prints a table and, as the last line, one JSON object. With --card it writes bes
     <model>/card.json    every figure with its number of images, the floor, hashes, hardware, command
     <model>/README.md    the model card, made from card.json alone
     <model>/samples.png  one row a class
+
+By several processes (`torchrun --nproc-per-node 8 -m ddpm_core.evaluate ...`) each draws a share of the images.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ddpm_core import card, checkpoint, classifier, data_arguments, evaluation, record, sampling
+from ddpm_core import card, checkpoint, classifier, data, data_arguments, evaluation, record, sampling
 from ddpm_core.checkpoint import Model
+from ddpm_core.classifier import LoadedClassifier
 from ddpm_core.evaluation import Evaluation, Figure, Protocol
 from ddpm_core.likelihood import Bound
-from ddpm_core.network import pick_device
+from ddpm_core.parallel import EXPECTED, Ranks, joined
 
 PROG = "python -m ddpm_core.evaluate"
 
@@ -68,15 +71,16 @@ def command_of(args: argparse.Namespace) -> str:
     return shlex.join(words + ["--card"] * args.card)
 
 
-def hardware(device: torch.device) -> str:
+def hardware(device: torch.device, processes: int = 1) -> str:
     """What the figures were computed on: the processor's name, and the number of threads where it is the CPU."""
+    several = f", {processes} processes" if processes > 1 else ""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} (cuda)"
+        return f"{torch.cuda.get_device_name(device)} (cuda{several})"
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name} ({device.type}, {torch.get_num_threads()} threads)"
+    return f"{name} ({device.type}, {torch.get_num_threads()} threads{several})"
 
 
 def entries(figures: Mapping[str, Figure], counted: str) -> dict[str, Any]:
@@ -134,28 +138,39 @@ def report(model: Model, classifier_sha256: str, args: argparse.Namespace, evalu
     }
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluates and prints. Raises ValueError or OSError where something asked for is not there or does not fit."""
+def read(
+    args: argparse.Namespace, ranks: Ranks
+) -> tuple[Protocol, Model, LoadedClassifier, torch.device, data.ImageSet, data.ImageSet, dict[str, Any]]:
+    """What is measured, by what, where, and how it was trained."""
+    args.classifier = data_arguments.classifier_of(vars(args), args.classifier, "--classifier")
     protocol = Protocol(args.samples, args.sampler, args.steps, args.guidance_scale, args.seed, args.repeats)
     if protocol.samples < MIN_SAMPLES:
         raise ValueError(f"--samples {protocol.samples} is too few to measure anything: {MIN_SAMPLES} or more")
     model = checkpoint.load_model(args.model)
     loaded = classifier.load(args.classifier)
-    device = pick_device(args.device)
+    device = ranks.device(args.device)
     train, test = (data_arguments.load(vars(args), train=part) for part in (True, False))
-    training = record.training_record(args.model)  # before the work: it may be damaged
+    return protocol, model, loaded, device, train, test, record.training_record(args.model)
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Evaluates and prints. Raises ValueError or OSError where something asked for is not there or does not fit."""
+    load = ranks.hosts_first if args.download else ranks.agree
+    protocol, model, loaded, device, train, test, training = load(lambda: read(args, ranks))
+    ranks.same(lambda: (protocol, model.sha256, train.facts(), test.facts()))
+    if ranks.rank:
+        evaluation.assist(model, train, test, protocol, device, ranks)
+        return
     start = time.monotonic()
     bounded = (
         0 if model.distilled_steps else sum(min(protocol.bound_images, len(part.images)) for part in (train, test))
     )
     total = protocol.repeats * (protocol.samples + protocol.unlabelled) + bounded
     with tqdm(total=total, unit="image", mininterval=0.5, delay=0.5) as bar:
-        evaluated = evaluation.evaluate(
-            model, loaded.net.to(device), train, test, protocol, device, on_batch=bar.update
-        )
+        evaluated = evaluation.evaluate(model, loaded.net.to(device), train, test, protocol, device, bar.update, ranks)
     figures = {
         **report(model, loaded.sha256, args, evaluated),
-        "hardware": hardware(device),
+        "hardware": hardware(device, ranks.world),
         "seconds": round(time.monotonic() - start, 1),
         "command": command_of(args),
         "training": training,
@@ -169,16 +184,15 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(figures, allow_nan=False))
 
 
-def main(argv: list[str] | None = None, prog: str = PROG) -> int:
-    args = build_parser(prog).parse_args(argv)
+@joined
+def main(ranks: Ranks, argv: list[str] | None = None, prog: str = PROG) -> int:
+    args = ranks.parse(build_parser(prog), argv)
     try:
-        args.classifier = data_arguments.classifier_of(vars(args), args.classifier, "--classifier")
-        run(args)
+        run(args, ranks)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (*EXPECTED, RuntimeError) as error:
+        return ranks.refuse(error)
     return 0
 
 

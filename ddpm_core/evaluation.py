@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ddpm_core.classifier import Classifier
 from ddpm_core.likelihood import Bound, bits_per_dimension
 from ddpm_core.metrics import ClassBalance
 from ddpm_core.noise import MAX_SEED
+from ddpm_core.parallel import ONE, Ranks
 from ddpm_core.sampling import OnBatch, generate
 
 FEATURE_BATCH = 500
@@ -188,6 +189,59 @@ def floor(
     return over_sets(found, sets.shape[1])
 
 
+def draw(
+    model: Model,
+    train: data.ImageSet,
+    protocol: Protocol,
+    device: torch.device,
+    on_batch: OnBatch | None = None,
+    ranks: Ranks = ONE,
+) -> Iterator[tuple[list[int | None], Tensor, Tensor]]:
+    """Repeat by repeat: the labels asked for, the images drawn with them, and those drawn with "no label"."""
+    n, more = protocol.samples, protocol.unlabelled
+    for repeat in range(protocol.repeats):
+        first = protocol.seed + repeat * (n + more)
+        asked = asked_labels(model, train, n, protocol.seed, repeat)
+        seeds = range(first, first + n)
+        images = generate(model, device, seeds, asked, **protocol.how, on_batch=on_batch, ranks=ranks)
+        seeds = range(first + n, first + n + more)
+        # where every image needs a label, those of training images give the same marginal distribution
+        no_labels = asked_labels(model, train, more, protocol.seed, repeat) if model.needs_label else [None] * more
+        unlabelled = generate(model, device, seeds, no_labels, **protocol.how, on_batch=on_batch, ranks=ranks)
+        yield asked, images, unlabelled
+
+
+def bounds(
+    model: Model,
+    parts: Sequence[data.ImageSet],
+    protocol: Protocol,
+    device: torch.device,
+    on_batch: OnBatch | None = None,
+    ranks: Ranks = ONE,
+) -> list[Bound | None]:
+    """The likelihood of each part's images; None: a distilled model has none."""
+
+    def bound(images: data.ImageSet) -> Bound | None:
+        if model.distilled_steps is not None:
+            return None
+        chosen = shuffled(images, protocol.seed)[: protocol.bound_images]
+        labels = images.labels[chosen] if model.takes_labels else None
+        return bits_per_dimension(
+            model, device, images.images[chosen], labels, seed=protocol.seed, on_batch=on_batch, ranks=ranks
+        )
+
+    return [bound(part) for part in parts]
+
+
+def assist(
+    model: Model, train: data.ImageSet, test: data.ImageSet, protocol: Protocol, device: torch.device, ranks: Ranks
+) -> None:
+    """What every rank but 0 does of evaluate(): it draws and bounds its share of the batches."""
+    for _ in draw(model, train, protocol, device, ranks=ranks):
+        pass
+    bounds(model, (test, train), protocol, device, ranks=ranks)
+
+
 def evaluate(
     model: Model,
     classifier_net: Classifier,
@@ -196,6 +250,7 @@ def evaluate(
     protocol: Protocol,
     device: torch.device,
     on_batch: OnBatch | None = None,
+    ranks: Ranks = ONE,
 ) -> Evaluation:
     """Draws images and measures them.
 
@@ -208,6 +263,7 @@ def evaluate(
         device: where the model runs.
         on_batch: called after every batch of images, drawn (repeats * (samples + unlabelled)) or bounded
             (bound_images of either part; none of a distilled model).
+        ranks: which draw; this is rank 0, and the others assist().
 
     Raises:
         ValueError: model, classifier, data set and protocol do not fit each other.
@@ -223,25 +279,12 @@ def evaluate(
         copies = metrics.near_copies(distances, real_distances)
         return {"nearest_train_distance": float(distances.median()), "near_copies": copies}
 
-    n, more, sets, read_as = protocol.samples, protocol.unlabelled, [], []
-    for repeat in range(protocol.repeats):
-        first = protocol.seed + repeat * (n + more)
-        asked = asked_labels(model, train, n, protocol.seed, repeat)
-        images = generate(model, device, range(first, first + n), asked, **protocol.how, on_batch=on_batch)
+    n, sets, read_as = protocol.samples, [], []
+    for asked, images, unlabelled in draw(model, train, protocol, device, on_batch, ranks):
         distances = metrics.nearest_distances(images, train.images)
         sets.append({**quality(classifier_net, images, asked, reference_features), **near(distances)})
-        seeds = range(first + n, first + n + more)
-        # where every image needs a label, those of training images give the same marginal distribution
-        no_labels = asked_labels(model, train, more, protocol.seed, repeat) if model.needs_label else [None] * more
-        unlabelled = generate(model, device, seeds, no_labels, **protocol.how, on_batch=on_batch)
         read_as.append(features(classifier_net, unlabelled)[1])
-
-    def bound(images: data.ImageSet) -> Bound | None:
-        if model.distilled_steps is not None:
-            return None
-        chosen = shuffled(images, protocol.seed)[: protocol.bound_images]
-        labels = images.labels[chosen] if model.takes_labels else None
-        return bits_per_dimension(model, device, images.images[chosen], labels, seed=protocol.seed, on_batch=on_batch)
+    test_bound, train_bound = bounds(model, (test, train), protocol, device, on_batch, ranks)
 
     guided = model.null_label is not None and protocol.guidance_scale != 1
     return Evaluation(
@@ -253,8 +296,8 @@ def evaluate(
         balance=metrics.class_balance(
             torch.cat(read_as), test.num_classes, torch.bincount(train.labels, minlength=test.num_classes)
         ),
-        test_bound=bound(test),
-        train_bound=bound(train),
+        test_bound=test_bound,
+        train_bound=train_bound,
         nfe=len(plan) * (2 if guided else 1),
         train_images=len(train.images),
         test_images=len(test.images),

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ddpm_core import checkpoint, learned, plans, samplers, sampling, spacings
 from ddpm_core.checkpoint import Model
 from ddpm_core.network import Network, pick_device
+from ddpm_core.parallel import one_process
 from ddpm_core.plans import SamplingPlan
 
 PROG = "python -m ddpm_core.fit_plans"
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(facts))
 
 
+@one_process
 def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     args = build_parser(prog).parse_args(argv)
     try:

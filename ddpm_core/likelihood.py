@@ -17,6 +17,7 @@ from torch import Tensor
 from ddpm_core import data, diffusion
 from ddpm_core.checkpoint import Model
 from ddpm_core.denoiser import Denoiser
+from ddpm_core.parallel import ONE, Ranks
 from ddpm_core.plans import Variance
 from ddpm_core.sampling import OnBatch
 from ddpm_core.schedules import NoiseSchedule
@@ -134,6 +135,7 @@ def bits_per_dimension(
     seed: int = 0,
     batch_size: int = 250,
     on_batch: OnBatch | None = None,
+    ranks: Ranks = ONE,
 ) -> Bound:
     """The bound of images by stratified Monte Carlo over t.
 
@@ -150,6 +152,7 @@ def bits_per_dimension(
         seed: of t and eps.
         batch_size: images at once.
         on_batch: called after every batch of images.
+        ranks: which bound the batches in turn; each draws the t and eps of all.
 
     Raises:
         ValueError: fewer than two images or calls.
@@ -160,20 +163,35 @@ def bits_per_dimension(
     denoiser, schedule = model.denoiser(model.network(device)), model.schedule
     ranges = strata(schedule.num_train_steps, calls)
     generator = torch.Generator().manual_seed(seed)
-    nats = []
-    for start in range(0, len(images), batch_size):
-        x_0 = data.to_unit(images[start : start + batch_size]).to(device)
-        batch_labels = None if labels is None else labels[start : start + batch_size].to(device)
-        total = prior_kl(x_0, float(schedule.alphas_cumprod[-1]))
-        for low, high in ranges:
-            t = torch.randint(low, high, (len(x_0),), generator=generator).to(device)
-            eps = torch.randn(x_0.shape, generator=generator).to(device)
-            terms = bound_terms(denoiser, schedule, model.scheduler.variance_type, x_0, t, eps, batch_labels)
-            total += (high - low) * terms
-        nats.append(total.cpu())
-        if on_batch is not None:
-            on_batch(len(x_0))
-    bits = torch.cat(nats) / math.log(2) / images[0].numel()
-    if not bool(torch.isfinite(bits).all()):
-        raise FloatingPointError(f"{model.name} returned numbers that are not finite")
+
+    def share() -> Tensor:
+        nats = [torch.empty(0, dtype=torch.float64)]
+        for number, start in enumerate(range(0, len(images), batch_size)):
+            mine = number % ranks.world == ranks.rank
+            x_0 = data.to_unit(images[start : start + batch_size]).to(device)
+            batch_labels = None if labels is None else labels[start : start + batch_size].to(device)
+            total = prior_kl(x_0, float(schedule.alphas_cumprod[-1]))
+            for low, high in ranges:
+                t = torch.randint(low, high, (len(x_0),), generator=generator)
+                eps = torch.randn(x_0.shape, generator=generator)
+                if mine:
+                    total += (high - low) * bound_terms(
+                        denoiser,
+                        schedule,
+                        model.scheduler.variance_type,
+                        x_0,
+                        t.to(device),
+                        eps.to(device),
+                        batch_labels,
+                    )
+            if mine:
+                nats.append(total.cpu())
+            if on_batch is not None:
+                on_batch(len(x_0))
+        found = torch.cat(nats) / math.log(2) / images[0].numel()
+        if not bool(torch.isfinite(found).all()):
+            raise FloatingPointError(f"{model.name} returned numbers that are not finite")
+        return found
+
+    bits = ranks.in_order(ranks.agree(share), batch_size)
     return Bound(float(bits.mean()), float(bits.std()) / math.sqrt(len(bits)), len(bits), len(ranges))

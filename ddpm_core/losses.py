@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ddpm_core import augmentation, data, diffusion
+from ddpm_core.parallel import ONE, Ranks
 from ddpm_core.recipe import Recipe, batch_indices, sample_timesteps, seed_of
 from ddpm_core.schedules import NoiseSchedule
 from ddpm_core.training import Predict
@@ -33,6 +34,7 @@ class DenoisingLoss:
         *,
         null_label: int | None,  # None: the network takes no labels
         device: torch.device,
+        ranks: Ranks = ONE,
     ) -> None:
         if recipe.guidance_scale != 1 and null_label is None:
             raise ValueError(f"guidance_scale={recipe.guidance_scale} needs a network with labels")
@@ -40,32 +42,36 @@ class DenoisingLoss:
         if recipe.shift >= min(height, width):
             raise ValueError(f"shift={recipe.shift} must be less than the images' {width} x {height} pixels")
         self.recipe, self.prediction, self.null_label, self.device = recipe, prediction, null_label, device
+        # What is random is drawn for the whole batch, so that all ranks draw the same; these rows of it are computed.
+        self.rows = ranks.share(recipe.batch_size)
         self.images, self.labels = images.images.to(device), images.labels.to(device)
         self.alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod).to(device)
         self.snr = torch.from_numpy(schedule.snr).to(device)
 
     def augmented(self, images: Tensor, step: int) -> Tensor:
-        """A batch (B, C, H, W), moved and mirrored where the recipe says so."""
+        """This rank's rows of a batch, (b, C, H, W), moved and mirrored where the recipe says so."""
         r = self.recipe
         if not (r.flip or r.shift):
             return images
         generator = torch.Generator(self.device).manual_seed(seed_of(r.seed, "augmentation", step))
-        return augmentation.flip_and_shift(images, flip=r.flip, shift=r.shift, generator=generator)
+        return augmentation.flip_and_shift(
+            images, flip=r.flip, shift=r.shift, generator=generator, batch_size=r.batch_size, part=self.rows
+        )
 
     def __call__(self, predict: Predict, step: int) -> Tensor:
-        r, device = self.recipe, self.device
-        index = batch_indices(r, step, len(self.images)).to(device)
+        r, device, rows = self.recipe, self.device, self.rows
+        index = batch_indices(r, step, len(self.images))[rows].to(device)
         generator = torch.Generator(device).manual_seed(seed_of(r.seed, "loss", step))
         x_0 = data.to_unit(self.augmented(self.images[index], step))
-        t = sample_timesteps(r, len(self.alphas_cumprod), generator)
-        eps = torch.randn(x_0.shape, generator=generator, device=device)
+        t = sample_timesteps(r, len(self.alphas_cumprod), generator)[rows]
+        eps = torch.randn((r.batch_size, *x_0.shape[1:]), generator=generator, device=device)[rows]
         alpha_bar = self.alphas_cumprod[t]
         x_t = diffusion.q_sample(x_0, eps, alpha_bar).contiguous(memory_format=torch.channels_last)
         target = diffusion.target(self.prediction, x_0, eps, alpha_bar)
         if self.null_label is None:
             output = predict(x_t, t)
         else:
-            drop = torch.rand(len(t), generator=generator, device=device) < r.label_drop
+            drop = torch.rand(r.batch_size, generator=generator, device=device)[rows] < r.label_drop
             labels = torch.where(drop, self.null_label, self.labels[index])
             output = predict(x_t, t, labels)
             if r.guidance_scale != 1:

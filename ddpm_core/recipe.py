@@ -75,9 +75,12 @@ def sample_timesteps(recipe: Recipe, num_train_steps: int, generator: torch.Gene
     return (u * num_train_steps).long().clamp(max=num_train_steps - 1)
 
 
-def seed_of(seed: int, use: Literal["order", "loss", "dropout", "augmentation"], count: int) -> int:
-    """The seed of one use of randomness: 32 bits, because torch's CPU generator drops all higher ones."""
-    key = (seed, ("order", "loss", "dropout", "augmentation").index(use), count)
+def seed_of(seed: int, use: Literal["order", "loss", "dropout", "augmentation"], count: int, rank: int = 0) -> int:
+    """The seed of one use of randomness: 32 bits, because torch's CPU generator drops all higher ones.
+
+    rank is for what each of several processes has to draw otherwise.
+    """
+    key = (seed, ("order", "loss", "dropout", "augmentation").index(use), count, *([rank] if rank else []))
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 

@@ -98,7 +98,7 @@ def resumed(args: argparse.Namespace, directory: RunDirectory, kind: type[AnyRun
     return dataclasses.replace(run, recipe=recipe, **changes)
 
 
-def hardware(args: argparse.Namespace, otherwise: Mapping[str, bool] | None = None) -> dict[str, bool]:
+def hardware(args: argparse.Namespace, otherwise: Mapping[str, bool] | None = None) -> dict[str, Any]:
     """bf16 and compile as asked for; else those of a run, or what the device and the machine have."""
     if otherwise is None:
         otherwise = {"bf16": has_bf16(pick_device(args.device)), "compile": shutil.which("c++") is not None}

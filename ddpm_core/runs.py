@@ -45,20 +45,36 @@ class Run:
     compile: bool
     started_from: dict[str, Any]  # of a model whose weights it began with: their sha256, and how they were trained
 
+    # how many trained it at once, in turn where that changed; () before it begins
+    processes: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
+
     READ: ClassVar[dict[str, Callable[[Any], Any]]] = {  # from JSON
-        "unet": UNetConfig.from_dict, "scheduler": SchedulerConfig.from_dict, "recipe": _recipe,
+        "unet": UNetConfig.from_dict, "scheduler": SchedulerConfig.from_dict, "recipe": _recipe, "processes": tuple,
     }  # fmt: skip
+    PLACES: ClassVar[set[str]] = {"data_root", "teacher"}  # where things lie, which every host may have for itself
 
     def facts(self) -> dict[str, Any]:
         """What is learned from and how, for the model's records."""
         raise NotImplementedError
 
+    def trained_by(self, processes: int) -> Self:
+        """The same run, with so many processes from here on."""
+        same = self.processes[-1:] == (processes,)
+        return self if same else dataclasses.replace(self, processes=(*self.processes, processes))
+
+    def by_several(self) -> dict[str, Any]:
+        """The processes, where there ever was more than one at once."""
+        return {"processes": list(self.processes)} if set(self.processes) - {1} else {}
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        content = dataclasses.asdict(self)
+        del content["processes"]
+        return {**content, **self.by_several()}
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> Self:
         """The inverse of to_dict. Raises ValueError where a field is missing, unknown or out of range."""
+        d = {"processes": (1,), **d}
         try:
             return cls(**{**d, **{name: read(d[name]) for name, read in cls.READ.items()}})
         except (KeyError, TypeError, AttributeError) as error:
@@ -134,6 +150,7 @@ class RunDirectory:
             "images_seen": trainer.step * run.recipe.batch_size,
             "training_s": round(trainer.elapsed_s),
             "device": trainer.device.type,
+            **run.by_several(),
             "precision": "bfloat16 autocast" if trainer.bf16 else "float32",
             "torch": torch.__version__,
             **({"started_from": run.started_from} if run.started_from else {}),

@@ -16,6 +16,7 @@ from ddpm_core import data
 from ddpm_core.checkpoint import Model
 from ddpm_core.denoiser import Denoiser
 from ddpm_core.noise import noise
+from ddpm_core.parallel import ONE, Ranks
 from ddpm_core.plans import SamplingPlan
 
 MOST_CLASSES = 20  # in a picture of a model
@@ -111,6 +112,7 @@ def generate(
     plan: SamplingPlan | None = None,
     batch_size: int = 250,
     on_batch: OnBatch | None = None,
+    ranks: Ranks = ONE,
 ) -> Tensor:
     """Images of a model, one for each seed.
 
@@ -125,10 +127,11 @@ def generate(
         guidance_scale: of the images that have a label; 1: no guidance.
         plan: on the model's schedule, in the place of sampler, steps and eta.
         batch_size: images at once.
-        on_batch: called after every batch.
+        on_batch: called after every batch, of all ranks one.
+        ranks: which draw the batches in turn. The batches are those of one process, and so are the images.
 
     Returns:
-        (N, C, H, W) uint8 on the CPU.
+        (N, C, H, W) uint8 on the CPU, on every rank.
 
     Raises:
         ValueError: seeds and labels differ in number, or the model or the sampler does not take what is asked.
@@ -146,9 +149,19 @@ def generate(
             raise ValueError(f"label={label} must be 0 .. {model.num_classes - 1}")
     denoiser, plan = model.denoiser(model.network(device)), plan or model.plan(sampler, steps, eta=eta)
     like = torch.empty(0, *model.config.image_shape, device=device)
-    images = [torch.empty(0, *model.config.image_shape, dtype=torch.uint8)]
-    for start in range(0, len(seeds), batch_size):
-        batch_seeds, batch_labels = seeds[start : start + batch_size], labels[start : start + batch_size]
+    each = batch_size * ranks.world
+
+    def share() -> Tensor:
+        images = [torch.empty(0, *model.config.image_shape, dtype=torch.uint8)]
+        for start in range(0, len(seeds), each):
+            rows = slice(start + ranks.rank * batch_size, start + (ranks.rank + 1) * batch_size)
+            if batch_seeds := seeds[rows]:
+                images.append(draw(batch_seeds, labels[rows]))
+            if on_batch is not None:
+                on_batch(min(each, len(seeds) - start))
+        return torch.cat(images)
+
+    def draw(batch_seeds: Sequence[int], batch_labels: Sequence[int | None]) -> Tensor:
         label_tensor = scale = None
         if model.takes_labels:
             indices = [null_label if label is None else label for label in batch_labels]
@@ -160,10 +173,9 @@ def generate(
         *_, last = sample(denoiser, plan, x, batch_seeds, labels=label_tensor, guidance_scale=scale)
         if not bool(torch.isfinite(last.x).all()):
             raise FloatingPointError(f"{model.name} returned numbers that are not finite")
-        images.append(data.to_uint8(last.x).cpu())
-        if on_batch is not None:
-            on_batch(len(batch_seeds))
-    return torch.cat(images)
+        return data.to_uint8(last.x).cpu()
+
+    return ranks.in_order(ranks.agree(share), batch_size)
 
 
 def one_row_a_class(model: Model, device: torch.device, columns: int = 10, **how: Any) -> tuple[Tensor, int]:

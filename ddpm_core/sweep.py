@@ -7,6 +7,8 @@ It leaves in the model directory
     <model>/sweep.json   every point with its figures, and the floor
     <model>/fid_nfe.png  FID over NFE, a line a sampler
     <model>/README.md    with both, where there is a card.json
+
+By several processes (`torchrun --nproc-per-node 8 -m ddpm_core.sweep ...`) each draws a share of the images.
 """
 
 from __future__ import annotations
@@ -22,14 +24,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from ddpm_core import card, checkpoint, classifier, data, data_arguments, evaluation, pictures, samplers, sampling
+from ddpm_core import (
+    card,
+    checkpoint,
+    classifier,
+    data,
+    data_arguments,
+    evaluation,
+    pictures,
+    samplers,
+    sampling,
+)  # fmt: skip
 from ddpm_core.checkpoint import Model
 from ddpm_core.classifier import Classifier
 from ddpm_core.evaluate import MIN_SAMPLES
-from ddpm_core.network import pick_device
 from ddpm_core.noise import MAX_SEED
+from ddpm_core.parallel import EXPECTED, Ranks, joined
 from ddpm_core.plans import SamplingPlan
 from ddpm_core.spacings import Spacing
 
@@ -152,15 +165,25 @@ def measure(
     sweep: Sweep,
     missing: Sequence[tuple[Point, SamplingPlan]],
     device: torch.device,
+    ranks: Ranks,
 ) -> None:
-    """Measures points and keeps each of them in the sweep, after the floor."""
+    """Measures points and keeps each of them in the sweep, after the floor; ranks other than 0 only draw."""
     samples, seed = sweep.content["samples"], sweep.content["seed"]
+    labels = evaluation.asked_labels(model, train, samples, seed)
+
+    def draw(plan: SamplingPlan, on_batch: sampling.OnBatch | None = None) -> Tensor:
+        seeds = range(seed, seed + samples)
+        return sampling.generate(model, device, seeds, labels, plan=plan, on_batch=on_batch, ranks=ranks)
+
+    if ranks.rank:
+        for _, plan in missing:
+            draw(plan)
+        return
     reference_features, _ = evaluation.features(net, test.images)
     if sweep.content["floor"] is None:
         found = evaluation.floor(net, train, samples, seed, reference_features)
         sweep.content["floor"] = {name: dataclasses.asdict(figure) for name, figure in found.items()}
         sweep.save()
-    labels = evaluation.asked_labels(model, train, samples, seed)
     with tqdm(
         total=samples * sum(len(plan) for _, plan in missing), unit="call", unit_scale=True, mininterval=0.5, delay=0.5
     ) as bar:
@@ -170,15 +193,19 @@ def measure(
 
         for point, plan in missing:
             bar.set_description(f"{card.line_of(dataclasses.asdict(point))}, {point.nfe} NFE")
-            images = sampling.generate(
-                model, device, range(seed, seed + samples), labels,
-                plan=plan, on_batch=counting(len(plan)),
-            )  # fmt: skip
+            images = draw(plan, counting(len(plan)))
             sweep.keep(point, plan, evaluation.quality(net, images, labels, reference_features))
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measures what is not there yet. Raises ValueError or OSError where something is not there or does not fit."""
+def read(
+    args: argparse.Namespace, ranks: Ranks
+) -> tuple[Model, Classifier, data.ImageSet, data.ImageSet, Sweep, list[tuple[Point, SamplingPlan]], torch.device]:
+    """What measure() needs, the points all that were asked for.
+
+    Raises:
+        ValueError, OSError: something is not there or does not fit.
+    """
+    args.classifier = data_arguments.classifier_of(vars(args), args.classifier, "--classifier")
     if args.samples < MIN_SAMPLES:
         raise ValueError(f"--samples {args.samples} is too few to measure anything: {MIN_SAMPLES} or more")
     if min(args.nfe) < 1:
@@ -190,7 +217,7 @@ def run(args: argparse.Namespace) -> None:
     if model.distilled_steps is not None:
         raise ValueError(f"{args.model} draws in one way alone: measure it with `python -m ddpm_core.evaluate`")
     loaded = classifier.load(args.classifier)
-    device = pick_device(args.device)
+    device = ranks.device(args.device)
     net = loaded.net.to(device)
     train, test = (data_arguments.load(vars(args), train=part) for part in (True, False))
     evaluation.check_fit(model, net, test)
@@ -214,26 +241,35 @@ def run(args: argparse.Namespace) -> None:
             print(f"left out: {card.line_of(dataclasses.asdict(point))}, {point.nfe} NFE: {error}", file=sys.stderr)
     if not plans:
         raise ValueError("nothing to measure: this model allows none of the points")
+    return model, net, train, test, sweep, plans, device
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Measures what is not there yet. Raises what read() raises."""
+    load = ranks.hosts_first if args.download else ranks.agree
+    model, net, train, test, sweep, plans, device = load(lambda: read(args, ranks))
+    missing = [(point, plan) for point, plan in plans if not sweep.has(point, plan)]
+    ranks.same(lambda: (sweep.content, [(point, plan.sha256) for point, plan in missing]))
     try:
-        measure(model, net, train, test, sweep, [(p, plan) for p, plan in plans if not sweep.has(p, plan)], device)
+        measure(model, net, train, test, sweep, missing, device, ranks)
     finally:
-        if sweep.content["points"]:
+        if sweep.content["points"] and ranks.rank == 0:
             sweep.draw(args.model / card.SWEEP_PLOT)
             card.write_readme(args.model)
     print(card.sweep_table(sweep.content))
 
 
-def main(argv: list[str] | None = None, prog: str = PROG) -> int:
-    args = build_parser(prog).parse_args(argv)
+@joined
+def main(ranks: Ranks, argv: list[str] | None = None, prog: str = PROG) -> int:
+    args = ranks.parse(build_parser(prog), argv)
     try:
-        args.classifier = data_arguments.classifier_of(vars(args), args.classifier, "--classifier")
-        run(args)
+        run(args, ranks)
     except KeyboardInterrupt:
-        print(f"stopped: the same command goes on; what is measured is in {args.model / card.SWEEP}", file=sys.stderr)
+        kept = args.model / card.SWEEP
+        print(f"stopped: the same command goes on; what is measured is in {kept}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (*EXPECTED, RuntimeError) as error:
+        return ranks.refuse(error)
     return 0
 
 

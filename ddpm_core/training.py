@@ -4,6 +4,9 @@ What is learned is an objective's business (losses.py, trajectories.py), files a
 training_loop.py's. Everything random in step k is a function of (seed, k), and so is the batch: a state saved after
 step k and resumed goes on bit for bit as if never interrupted. (With a time budget the learning rate follows the clock,
 and no two runs are the same.)
+
+Several processes (parallel.py) each compute a part of every batch; what they decide on is a number that all of them
+have, or they would wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_core import optimizers
+from ddpm_core.parallel import ONE, Ranks
 from ddpm_core.recipe import Recipe, seed_of
 
 Predict = Callable[..., Tensor]
 """The network in training: x_t (B, C, H, W), t (B,), and labels (B,) where it takes them -> its output, float32."""
 
 Objective = Callable[[Predict, int], Tensor]
-"""What is learned: the network and the number of a step -> the loss of that step's batch, with its gradient."""
+"""What is learned: the network and the number of a step -> the loss of this rank's part of that step's batch."""
 
 MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient before training gives up
 
@@ -37,7 +41,7 @@ class StepStats:
     """What one optimizer step did."""
 
     step: int  # steps done so far, this one counted in
-    loss: float
+    loss: float  # of the whole batch
     lr: float
     grad_norm: float
     elapsed_s: float  # seconds of training so far, resumed ones counted in
@@ -70,17 +74,23 @@ class Trainer:
         device: torch.device,
         compile_net: bool = False,
         bf16: bool = False,
+        ranks: Ranks = ONE,
     ) -> None:
-        self.objective, self.recipe, self.device, self.bf16 = objective, recipe, device, bf16
+        self.objective, self.recipe, self.device, self.bf16, self.ranks = objective, recipe, device, bf16, ranks
         self.net = net.to(device).to(memory_format=torch.channels_last).train()
-        self.forward = torch.compile(net) if compile_net else net
+        forward = ranks.data_parallel(self.net)
+        self.forward = torch.compile(forward) if compile_net else forward
         self.ema = Ema(net, recipe.ema_decay)
+        if ranks.rank:
+            self.ema.weights.clear()  # only rank 0 saves them
         self.optimizers = optimizers.build(
             self.net, recipe.optimizer, adam_betas=recipe.adam_betas, weight_decay=recipe.weight_decay
         )
         self.step = 0
         self.skipped = 0  # steps that changed nothing, their loss or gradient not being finite
         self.elapsed_s = 0.0
+        self.stop = False  # to be set by whoever wants this rank, and so all, to stop
+        self.stopping = False  # whether any rank was to stop when the last step was taken
 
     @property
     def progress(self) -> float:
@@ -96,7 +106,7 @@ class Trainer:
         return r.lr * warmup * decay
 
     def loss(self) -> Tensor:
-        """The loss of the next step's batch."""
+        """The loss of this rank's part of the next step's batch."""
         return self.objective(self.predict, self.step)
 
     def predict(self, *inputs: Tensor) -> Tensor:
@@ -113,21 +123,23 @@ class Trainer:
                 group["lr"] = lr
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # dropout draws from the global generator
-            torch.manual_seed(seed_of(self.recipe.seed, "dropout", self.step))
+            torch.manual_seed(seed_of(self.recipe.seed, "dropout", self.step, self.ranks.rank))
             loss_tensor = self.loss()
             loss_tensor.backward()  # type: ignore[no-untyped-call]
-        loss = float(loss_tensor.detach())
-        norm = float(nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_grad))
+        own_norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_grad)  # of a gradient that all have
+        sums = self.ranks.sum(float(loss_tensor.detach()), float(own_norm), self.stop)
+        loss, norm = (total / self.ranks.world for total in sums[:2])
+        self.stopping = sums[2] > 0
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:
             for optimizer in self.optimizers:
                 optimizer.step()
         self.net.zero_grad()
         self.step += 1
-        if finite:
-            self.ema.update(self.net, self.step)
-        else:
+        if not finite:
             self.skipped += 1
+        elif self.ranks.rank == 0:
+            self.ema.update(self.net, self.step)
         return (loss, lr, norm) if finite else None
 
     def train(self) -> Iterator[StepStats]:
@@ -141,6 +153,8 @@ class Trainer:
             start = time.monotonic()
             done = self.train_step()
             self.elapsed_s += time.monotonic() - start
+            if self.recipe.time_budget_s:
+                self.elapsed_s = self.ranks.of_first(self.elapsed_s)
             if done is None:
                 bad += 1
                 if bad == MAX_BAD_STEPS:
@@ -168,8 +182,8 @@ class Trainer:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         self.net.load_state_dict(part("net."))
-        for k, v in part("ema.").items():
-            self.ema.weights[k].copy_(v)
+        for k, v in self.ema.weights.items():
+            v.copy_(tensors[f"ema.{k}"])
         # The fused optimizer walks over memory as it lies: moments need the layout of their parameter (channels last).
         for which, optimizer in enumerate(self.optimizers):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -20,6 +20,7 @@ from torch import Tensor
 from ddpm_core import checkpoint, diffusion, samplers, sampling
 from ddpm_core.checkpoint import Model
 from ddpm_core.network import Network
+from ddpm_core.parallel import ONE, Ranks
 from ddpm_core.plans import SamplingPlan
 from ddpm_core.recipe import Recipe, batch_indices
 from ddpm_core.schedules import NoiseSchedule
@@ -85,11 +86,12 @@ def draw(
     which: Chains,
     folder: Path,
     on_batch: sampling.OnBatch,
+    ranks: Ranks = ONE,
 ) -> Tensor:
     """The teacher's chains: x_T and where the student is to be after each of its calls, (N, nfe + 1, C, H, W).
 
     They are kept in `folder`, a file for every FILE_CHAINS of them; what lies there of the same chains is not drawn
-    again. on_batch is told how many more there are, drawn or found.
+    again. on_batch is told how many more there are, drawn or found. Ranks draw the files in turn, then read the others.
 
     Raises:
         ValueError: the two plans do not meet. FloatingPointError: the teacher returned NaN or infinity.
@@ -99,8 +101,9 @@ def draw(
         "weights": model.sha256, "scheduler": json.dumps(model.scheduler.to_dict()), "network": type(network).__name__,
         "plan": plan.sha256, "every": str(which.every),
     }  # fmt: skip
-    found = []
-    for first in range(0, which.chains, FILE_CHAINS):
+    starts, each = range(0, which.chains, FILE_CHAINS), FILE_CHAINS * ranks.world
+
+    def found(first: int) -> Tensor:
         chains = range(first, min(first + FILE_CHAINS, which.chains))
         path = folder / f"{first:08}.safetensors"
         content = {**of, "chains": str(chains)}
@@ -108,9 +111,17 @@ def draw(
         if part is None:
             part = _draw(model, network, device, plan, which.every, chains)
             checkpoint.write_atomically(path, save({"x": part}, metadata=content))
-        found.append(part)
-        on_batch(len(chains))
-    return torch.cat(found)
+        return part
+
+    def share() -> dict[int, Tensor]:
+        parts = {}
+        for first in starts[ranks.rank :: ranks.world]:
+            parts[first] = found(first)
+            on_batch(min(each, which.chains - first // each * each))
+        return parts
+
+    own = ranks.agree(share)
+    return torch.cat([own[first] if first in own else found(first) for first in starts])
 
 
 def _read(path: Path, content: dict[str, str]) -> Tensor | None:
@@ -153,14 +164,15 @@ class TrajectoryLoss:
         recipe: Recipe,
         *,
         device: torch.device,
+        ranks: Ranks = ONE,
     ) -> None:
         if plan.a.shape[1] != 1 or plan.b.shape[1] != 1 or plan.d.any():
             raise ValueError("a student's plan looks at the last x alone and draws no noise")
         self.chains, self.plan, self.prediction, self.recipe = chains, plan, prediction, recipe
-        self.labels, self.device = labels, device
+        self.labels, self.device, self.rows = labels, device, ranks.share(recipe.batch_size)
 
     def __call__(self, predict: Predict, step: int) -> Tensor:
-        index = batch_indices(self.recipe, step, len(self.chains))
+        index = batch_indices(self.recipe, step, len(self.chains))[self.rows]
         x, *wanted = self.chains[index].to(self.device).unbind(1)
         labels = () if self.labels is None else (self.labels[index].to(self.device),)
         plan, total = self.plan, torch.zeros((), device=self.device)

@@ -30,8 +30,9 @@ def test_the_check_sees_imports() -> None:
 
 WITHOUT_HTTP = ("answers", "capabilities", "drawing", "forward", "images", "noising")  # the command line has them too
 FORBIDDEN = [
-    ("ddpm_core/", {"app", "fastapi", "starlette", "pydantic", "pydantic_settings", "uvicorn"}),
+    ("ddpm_core/", {"app", "deploy", "ray", "fastapi", "starlette", "pydantic", "pydantic_settings", "uvicorn"}),
     ("ddpm_core/unet.py", {"ddpm_core"}),
+    ("app/", {"deploy", "ray"}),
     ("app/engine/", {"fastapi", "starlette", "app.routes", "app.schemas", "app.http"}),
     ("app/routes/", {"torch"}),
     ("app/schemas.py", {"torch"}),

@@ -99,7 +99,10 @@ def test_every_setting_is_in_the_table_with_its_default() -> None:
     assert rows == {f"DDPM_{name.upper()}": str(field.default) for name, field in Settings.model_fields.items()}
 
 
-@pytest.mark.parametrize("line", re.findall(r"^\$ python -m (ddpm_core\.\w+ .*)$", README, re.MULTILINE))
+LINES = re.findall(r"^\$ (?:python|torchrun .*) -m (ddpm_core\.\w+ .*)$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_every_command_line_parses(line: str) -> None:
     module, *arguments = shlex.split(line)
     modules = {

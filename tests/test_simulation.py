@@ -17,6 +17,7 @@ from benchmarks.simulation import (
     Simulation,
     at_first,
     at_random,
+    fewest_images,
     fewest_of_two,
     least_expected_end,
     round_robin,
@@ -28,7 +29,7 @@ MIX: Mix = [(Kind(1, 10), 16), (Kind(4, 10), 2), (Kind(16, 20), 1), (Kind(1, 50)
 MACHINE = machine_of("1:2.9,2:3.9,4:6,8:10.4,16:19.6")
 ROUTES: dict[str, Callable[[], Route]] = {
     "least expected end": lambda: least_expected_end, "fewest of two": lambda: fewest_of_two(1),
-    "at random": lambda: at_random(1), "round robin": round_robin,
+    "fewest images": lambda: fewest_images, "at random": lambda: at_random(1), "round robin": round_robin,
 }  # fmt: skip
 
 

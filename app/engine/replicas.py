@@ -11,6 +11,7 @@ import anyio.to_thread
 from app.engine.engine import Engine
 from app.engine.job import OnProgress
 from app.engine.request import (
+    Cancelled,
     DuplicateRequest,
     EngineError,
     Exactness,
@@ -42,7 +43,7 @@ class Replicas:
 
     def __init__(self, engines: Sequence[Engine], metrics: EngineMetrics) -> None:
         self.engines, self.name, self._metrics = engines, engines[0].name, metrics
-        self._entering: set[str] = set()
+        self._entering: dict[str, GenerateParams] = {}  # by key: accepted by none yet
         metrics.watch(engines)
 
     async def submit(self, params: GenerateParams, on_progress: OnProgress | None = None) -> Future[Result]:
@@ -56,25 +57,39 @@ class Replicas:
 
         Raises:
             EngineNotReady, EngineBusy, DuplicateRequest, DeadlineTooSoon: nothing was accepted.
+            Cancelled: it was ended while its plan was made.
             ValueError: this model's timesteps do not allow the plan.
         """
         try:
             if self.holds(params.key):
                 raise DuplicateRequest(params.request_id)
-            self._entering.add(params.key)
+            self._entering[params.key] = params
             try:
-                engine = self._first_to_end(params)
-                if params.steps > SHORT_PLAN:  # nobody waits for it: neither the event loop nor the engine's steps
-                    await anyio.to_thread.run_sync(engine.make_plan, params)
+                engine = await self._with_plan(params)
                 return engine.submit(params, on_progress)
             finally:
-                self._entering.discard(params.key)
+                if self._entering.get(params.key) is params:
+                    del self._entering[params.key]
         except EngineError as error:
-            self._metrics.refused.labels(error.reason).inc()
+            if not isinstance(error, Cancelled):
+                self._metrics.refused.labels(error.reason).inc()
             raise
 
-    def _first_to_end(self, params: GenerateParams) -> Engine:
-        """Where all refuse, raises the refusal of the one that will have room first."""
+    async def _with_plan(self, params: GenerateParams) -> Engine:
+        """The engine to submit to, which has the plan: nobody else waits for that, neither event loop nor steps."""
+        have: set[int] = set()
+        while True:
+            place = self._first_to_end(params)
+            engine = self.engines[place]
+            if params.steps <= SHORT_PLAN or place in have:
+                return engine
+            await anyio.to_thread.run_sync(engine.make_plan, params)
+            have.add(place)
+            if self._entering.get(params.key) is not params:
+                raise Cancelled("the request was cancelled")
+
+    def _first_to_end(self, params: GenerateParams) -> int:
+        """The place of that engine. Where all refuse, raises the refusal of the one that will have room first."""
         expected: list[tuple[float, int]] = []
         refusals: list[EngineError] = []
         for place, engine in enumerate(self.engines):
@@ -84,14 +99,18 @@ class Replicas:
                 refusals.append(error)
         if not expected:
             raise min(refusals, key=lambda error: error.wait_s)
-        return self.engines[min(expected)[1]]
+        return min(expected)[1]
 
     def cancel(self, request_id: str, flow: str = "") -> bool:
         """Ends a request of a flow; its images make no further step. Returns whether there was such a one."""
+        if self._entering.pop(GenerateParams.key_of(flow, request_id), None) is not None:
+            return True
         return any(engine.cancel(request_id, flow) for engine in self.engines)
 
     def progress(self, request_id: str, flow: str = "") -> Progress | None:
         """How far a request of a flow is; None: there is no such one."""
+        if (entering := self._entering.get(GenerateParams.key_of(flow, request_id))) is not None:
+            return Progress(0, entering.steps, 0, 0.0, begun=False)
         found = (engine.progress(request_id, flow) for engine in self.engines)
         return next((progress for progress in found if progress is not None), None)
 

@@ -24,9 +24,12 @@ class EngineError(Exception):
 class EngineBusy(EngineError):
     """There is no room for the request's images now. `reason` is one of queue_full, queue_long, key_full."""
 
-    def __init__(self, reason: str, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.reason, self.wait_s = reason, retry_after_s
+    def __init__(self, reason: str, message: str, wait_s: float) -> None:
+        super().__init__(reason, message, wait_s)  # all of them: it can be pickled
+        self.reason, self.message, self.wait_s = reason, message, wait_s
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def retry_after_s(self) -> int:
@@ -51,11 +54,13 @@ class DeadlineTooSoon(EngineError):
     reason = "deadline"
 
     def __init__(self, needed_s: float, alone_s: float) -> None:
-        super().__init__(
-            f"about {needed_s * 1000:.0f} ms are needed now, {alone_s * 1000:.0f} ms with nothing before it"
+        super().__init__(needed_s, alone_s)
+        self.needed_s, self.alone_s, self.wait_s = needed_s, alone_s, needed_s
+
+    def __str__(self) -> str:
+        return (
+            f"about {self.needed_s * 1000:.0f} ms are needed now, {self.alone_s * 1000:.0f} ms with nothing before it"
         )
-        self.needed_s, self.alone_s = needed_s, alone_s
-        self.wait_s = needed_s
 
 
 class DeadlinePassed(EngineError):

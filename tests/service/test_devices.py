@@ -107,9 +107,12 @@ def test_a_request_goes_where_it_ends_first(pair: Service, slow: threading.Event
     assert pair.run(one_after_the_other()) == [3, 32]
 
 
-def test_equal_requests_are_shared_evenly(pair: Service, slow: threading.Event) -> None:
+@pytest.mark.parametrize("steps", [4, 150])
+def test_equal_requests_are_shared_evenly(pair: Service, slow: threading.Event, steps: int) -> None:
+    """A plan of many steps is made on the way, and all know by then what the others have chosen."""
+
     async def eight() -> list[int]:
-        asked = [ask(pair, f"r{i}", n=8) for i in range(8)]
+        asked = [ask(pair, f"r{i}", n=8, sampler="ddpm", steps=steps) for i in range(8)]
         while sum(engine.scheduler.slots for engine in engines_of(pair)) < 64:
             await asyncio.sleep(0.01)
         found = [engine.scheduler.slots for engine in engines_of(pair)]
@@ -120,11 +123,12 @@ def test_equal_requests_are_shared_evenly(pair: Service, slow: threading.Event) 
     assert pair.run(eight()) == [32, 32]
 
 
-def test_it_is_full_when_every_device_is(pair: Service, slow: threading.Event) -> None:
+@pytest.mark.parametrize("steps", [4, 150])
+def test_it_is_full_when_every_device_is(pair: Service, slow: threading.Event, steps: int) -> None:
     """Each has its own slots, and a refusal counts once."""
 
     async def fill() -> list[int]:
-        asked = [ask(pair, f"r{i}", n=32) for i in range(4)]
+        asked = [ask(pair, f"r{i}", n=32, sampler="ddpm", steps=steps) for i in range(4)]
         while sum(engine.scheduler.slots for engine in engines_of(pair)) < 128:
             await asyncio.sleep(0.01)
         refused = await ask(pair, "late")
@@ -154,26 +158,51 @@ def test_an_id_is_of_all_devices(pair: Service, slow: threading.Event) -> None:
     assert refused(pair, "duplicate_id") == before + 1
 
 
-def test_an_id_is_held_while_its_plan_is_made(pair: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan of many steps takes a while, in which another may come with the same id."""
+@pytest.fixture
+def planning(pair: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A plan of many steps takes a while: here until it is set."""
     go, make_plan = threading.Event(), Engine.make_plan
 
-    def held(self: Engine, params: object) -> None:
+    def held(self: Engine, params: Any) -> None:
         go.wait(60)
-        make_plan(self, params)  # type: ignore[arg-type]
+        make_plan(self, params)
 
     monkeypatch.setattr(Engine, "make_plan", held)
+    yield go
+    go.set()
 
+
+async def planned(service: Service, request_id: str) -> None:
+    while not service.app.state.engines.holds(f"/{request_id}"):
+        await asyncio.sleep(0.01)
+
+
+def test_an_id_is_held_while_its_plan_is_made(pair: Service, planning: threading.Event) -> None:
     async def twice() -> list[int]:
         first = ask(pair, "mine", sampler="ddim", steps=500)
-        while not pair.app.state.engines.holds("/mine"):
-            await asyncio.sleep(0.01)
+        await planned(pair, "mine")
         second = (await ask(pair, "mine")).status_code
-        go.set()
+        state = (await pair.client.get("/requests/mine")).json()
+        assert (state["state"], state["steps"]) == ("queued", 500)
+        planning.set()
         return [second, (await first).status_code]
 
     assert pair.run(twice()) == [409, 200]
     assert not pair.app.state.engines.holds("/mine")
+
+
+def test_a_request_can_be_ended_while_its_plan_is_made(pair: Service, planning: threading.Event) -> None:
+    async def end() -> list[int]:
+        first = ask(pair, "mine", sampler="ddim", steps=500)
+        await planned(pair, "mine")
+        ended = (await pair.client.delete("/requests/mine")).status_code
+        again = ask(pair, "mine", sampler="ddim", steps=400)  # the id is free
+        await planned(pair, "mine")
+        planning.set()
+        return [ended, (await first).status_code, (await again).status_code]
+
+    assert pair.run(end()) == [204, 410, 200]
+    assert pair.app.state.engines.idle
 
 
 def test_health_shows_each_and_says_what_holds_of_all(pair: Service, service: Service) -> None:
@@ -201,7 +230,7 @@ def test_a_device_that_has_failed_is_a_service_that_has(pair: Service, monkeypat
     assert [r["status"] for r in pair.request("GET", "/health").json()["replicas"]] == ["ok", "failed"]
 
 
-@pytest.mark.parametrize("device", ["", "cuda:0,cuda:0", "cpu,", "all,cpu", "auto,cuda:1"])
+@pytest.mark.parametrize("device", ["", "cuda:0,cuda:0", "cpu,", "all,cpu", "auto,cuda:1", "cuda,cuda:0"])
 def test_devices_that_cannot_be_meant_are_refused(device: str) -> None:
     with pytest.raises(ValidationError, match=r"named 2 times|must be auto"):
         Settings(device=device)

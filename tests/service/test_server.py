@@ -222,14 +222,14 @@ def test_every_line_of_the_log_is_json_and_has_the_request_id(model_dir: Path) -
 
 def test_more_workers_are_refused_with_the_reason(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEB_CONCURRENCY", "2")
-    assert "one process serves one device" in refused_start(model=model_dir).stderr
+    assert "one process serves all of its devices" in refused_start(model=model_dir).stderr
 
 
 def test_a_worker_of_another_server_is_refused_too(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `uvicorn --workers` starts them: processes of one parent."""
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
     service = Service(Settings(model=str(model_dir), device="cpu"))
-    with pytest.raises(RuntimeError, match="one process serves one device"):
+    with pytest.raises(RuntimeError, match="one process serves all of its devices"):
         service.start()
     service.run(service.client.aclose())
     service.loop.close()

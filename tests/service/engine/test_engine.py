@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -504,3 +505,12 @@ def test_an_idle_engine_blocks(make_engine: Make) -> None:
         assert stepped.submit(name, steps=2).result(60)
     assert engine.stop(60)
     assert len(ticks) <= 6  # two steps each, and the release of the rows
+
+
+@pytest.mark.parametrize(
+    "error", [EngineBusy("queue_full", "no room", 3.5), DeadlineTooSoon(2.0, 1.0), EngineNotReady("failed")], ids=repr
+)
+def test_refusals_can_travel(error: EngineError) -> None:
+    """Between processes, where engines are replicas elsewhere."""
+    found = pickle.loads(pickle.dumps(error))
+    assert (type(found), str(found), vars(found)) == (type(error), str(error), vars(error))
