@@ -32,6 +32,12 @@ def column(points: Sequence[dict[str, Any]], name: str) -> list[float]:
     return [point[name] for point in points]
 
 
+def ticks(axis: Any, *at: float) -> None:
+    """Of a logarithmic axis, in plain numbers."""
+    axis.set_ticks(at, [f"{value:,g}" for value in at])
+    axis.set_ticks([], minor=True)
+
+
 def load() -> bytes:
     """p99 against load, by number of replicas, and by route."""
     scaling = figures("scaling")
@@ -51,6 +57,7 @@ def load() -> bytes:
     for axes in panels:
         axes.axhline(scaling["bound_s"], color="black", linestyle="--", linewidth=0.8)
     panels[0].set(ylabel="p99 of all requests, s", yscale="log", ylim=(0.3, 10))
+    ticks(panels[0].yaxis, 0.5, 1, 2, 5)
     return png(figure)
 
 
@@ -67,25 +74,30 @@ def worth() -> bytes:
     sold.set(xlabel="replicas", ylabel="images/s a replica, p99 within 2 s", xscale="log", ylim=(0, None))
     waits.set(xlabel="images that wait, a replica", ylabel="p99, s", xscale="log", yscale="log")
     waits.axhline(scaling["bound_s"], color="black", linestyle="--", linewidth=0.8)
-    for axes in (sold, waits):
-        axes.legend(fontsize=8)
+    ticks(sold.xaxis, *(one for one in sorted({point["replicas"] for point in scaling["points"]}) if one != 8))
+    ticks(waits.xaxis, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+    ticks(waits.yaxis, 0.5, 1, 2, 5)
+    sold.legend(fontsize=8, loc="lower right")
+    waits.legend(fontsize=8)
     return png(figure)
 
 
 def rise() -> bytes:
     """Replicas over time by each rule."""
     scaling = figures("scaling")
-    figure, axes = plt.subplots(figsize=(8, 3))
     seconds, loads = zip(*scaling["rise_pieces"], strict=True)
     ends = [0.0, *itertools.accumulate(seconds)]
+    figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.5), sharey=True)
     for one in scaling["rise"]:
         if len(one["replicas"]) > 1:
-            when = [*(when for when, _ in one["replicas"]), 900.0]
-            counts = [count for _, count in one["replicas"]]
-            axes.step(when, [*counts, counts[-1]], where="post", label=one["rule"])
-    axes.step(ends, [*loads, loads[-1]], where="post", color="black", linestyle="--", label="load")
-    axes.set(xlabel="seconds", ylabel="replicas", ylim=(0, None))
-    axes.legend(fontsize=8)
+            when, counts = zip(*one["replicas"], strict=True)
+            axes = panels[int("deploy/ray" in one["rule"])]
+            axes.step([*when, ends[-1]], [*counts, counts[-1]], where="post", label=one["rule"])
+    for axes in panels:
+        axes.step(ends, [*loads, loads[-1]], where="post", color="black", linestyle="--", label="load")
+        axes.set(xlabel="seconds", ylim=(0, 15.9))
+        axes.legend(fontsize=8, loc="upper left")
+    panels[0].set(ylabel="replicas")
     return png(figure)
 
 
@@ -103,6 +115,8 @@ def agreement() -> bytes:
         axes.plot(ends, ends, color="black", linewidth=0.8)
         axes.fill_between(ends, [0.85 * end for end in ends], [1.15 * end for end in ends], alpha=0.15, color="black")
         axes.set(xlabel="measured, s", title=title, xscale="log", yscale="log", xlim=ends, ylim=ends)
+        ticks(axes.xaxis, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+    ticks(panels[0].yaxis, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
     panels[0].set(ylabel="simulated, s")
     panels[0].legend(fontsize=8)
     return png(figure)

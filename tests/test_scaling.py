@@ -56,7 +56,7 @@ def scaled(rule: Rule, load: float, seconds: float) -> tuple[list[tuple[float, i
 
 
 def test_an_autoscaler_adds_what_is_wanted_and_takes_out_what_is_not() -> None:
-    counts, _ = scaled(Rule(by_slots(16), look_s=5, mean_s=10, up_s=0, down_s=20, most=4), 2.5, 60)
+    counts, _ = scaled(Rule(by_slots(16), look_s=5, mean_s=10, up_s=0, down_s=20, most=4), 2.5, 100)
     found = [count for _, count in counts]
     assert max(found) in (3, 4)
     assert all(after <= 2 * before for before, after in itertools.pairwise(found))
