@@ -55,7 +55,8 @@ STARTS = 3
 TIMEOUT_S = 60.0
 GOAL = 0.15
 SEED = 20_261_127
-COMPARED = ("p50_s", "p99_s", "n1_p50_s", "n1_p99_s", "images_per_s")
+LATENCIES = ("p50_s", "p99_s", "n1_p50_s", "n1_p99_s")
+COMPARED = (*LATENCIES, "images_per_s")  # which are those that come, as long as they are held
 
 Point = dict[str, Any]
 
@@ -215,9 +216,11 @@ def report(machine: Machine, told: Point, points: Sequence[Point], starts: Seque
             ]
             for point in points
         ]  # fmt: skip
-        off = [abs(point["off"][how][name]) for point in points for name in COMPARED]
+        off = [abs(point["off"][how][name]) for point in points for name in LATENCIES]
         print(f"measured / simulated, {title}:\n\n{table(header, rows)}\n")
-        print(f"within {GOAL:.0%}: {sum(value <= GOAL for value in off)} of {len(off)}; most: {max(off):.1%}\n")
+        print(
+            f"within {GOAL:.0%}: {sum(value <= GOAL for value in off)} of {len(off)} latencies; most: {max(off):.1%}\n"
+        )
 
 
 if __name__ == "__main__":

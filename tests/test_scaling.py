@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import runpy
 from collections.abc import Iterator
 from typing import Any
@@ -94,3 +95,43 @@ def test_a_picture_drawn_anew_is_the_one_that_lies_there(plots: dict[str, Any], 
     assert lying.size == new.size
     different = np.abs(np.subtract(*(np.asarray(i.convert("L"), dtype=np.int16) for i in (lying, new)))) > 64
     assert different.mean() < 0.002
+
+
+# What the page says of what was printed
+
+
+def printed(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((SCALING / f"{name}.json").read_text())
+    return found
+
+
+def test_the_page_has_what_a_replica_holds() -> None:
+    sold = {(one["replicas"], one["arrivals"]): one for one in printed("scaling")["sellable"] if one["replicas"] != 8}
+    for replicas in sorted({replicas for replicas, _ in sold}):
+        cells = [f"{replicas:,}"]
+        for arrivals in ("poisson", "bursts"):
+            one = sold[replicas, arrivals]
+            more = " or more" if one["highest_tried"] else ""
+            cells += [f"{one['load'] + 1e-9:.2f}{more}, {one['images_per_s']:.0f}", f"{one['per_million']:.2f}"]
+        assert f"| {' | '.join(cells)} |" in PAGE
+
+
+def test_the_page_has_what_autoscalers_make_of_a_rise() -> None:
+    rows = [line.split(" | ") for line in PAGE.splitlines() if line.count("|") == 6 and "%" in line]
+    rise = [one for one in printed("scaling")["rise"] if one["rule"] != "6 all the time"]
+    assert len(rows) == len(rise)
+    for cells, one in zip(rows, rise, strict=True):
+        said = [f"{100 * one['in_time']:.1f} %", f"{one['p99_s']:.2f} s", str(one["refused"])]
+        assert cells[1:4] == said
+        assert float(cells[4].strip(" |")) == pytest.approx(one["mean_replicas"], abs=0.051)
+
+
+def test_the_page_has_what_was_measured_and_simulated() -> None:
+    points = printed("agreement")["points"]
+    names = ("p50_s", "p99_s", "n1_p50_s", "n1_p99_s", "images_per_s")
+    for point in points:
+        pairs = [f"{point['measured'][name]:.3g} / {point['own_steps'][name]:.3g}" for name in names]
+        assert f", {point['load']:g} | {' | '.join(pairs)} |" in PAGE
+    for how in ("own_steps", "foretold"):
+        off = [abs(point["off"][how][name]) for point in points for name in names[:4]]
+        assert f"{sum(value <= 0.15 for value in off)} of {len(off)} latencies" in " ".join(PAGE.split())
