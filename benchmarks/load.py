@@ -27,6 +27,7 @@ class Answer:
     late_s: float  # how long after it was due the client sent it
     ended_s: float  # since the window began
     queue_s: float | None  # to its first step, where the server says so
+    drawn_s: float | None = None  # to its last, by the server's clock
 
 
 @dataclasses.dataclass
@@ -48,21 +49,24 @@ class Client:
         body = {"n": kind.n, "steps": kind.steps, "label": arrival.label, "seed": arrival.seed, "sampler": "ddim"}
         data = wire.request("POST", "/generate", {"Content-Type": "application/json"}, json.dumps(body).encode())
         await asyncio.sleep(arrival.at_s - self.now)
-        late_s, queue_s = self.now - arrival.at_s, None
+        late_s, queue_s, drawn_s = self.now - arrival.at_s, None, None
         try:
             async with asyncio.timeout_at(self.start + arrival.at_s + self.timeout_s):
                 reply = await self.pool.ask(data)
             outcome = str(reply.status)
             if outcome == "200" and not reply.body.startswith(b"\x89PNG"):
                 outcome = "no PNG"
-            if found := re.search(r"queue;dur=([0-9.]+)", reply.headers.get("server-timing", "")):
+            if found := re.search(
+                r"queue;dur=([0-9.]+), denoise;dur=([0-9.]+)", reply.headers.get("server-timing", "")
+            ):
                 queue_s = float(found[1]) / 1000
+                drawn_s = queue_s + float(found[2]) / 1000
         except TimeoutError:
             outcome = "timeout"
         except (OSError, EOFError) as error:
             outcome = type(error).__name__
         now = self.now
-        return Answer(kind, outcome, now - arrival.at_s, late_s, now, queue_s)
+        return Answer(kind, outcome, now - arrival.at_s, late_s, now, queue_s, drawn_s)
 
     async def ask_now(self, kind: Kind) -> Answer:
         """The same without waiting; the request always has the same label and seed."""

@@ -2,9 +2,9 @@
 
 What: what clients wait for (from arrival to the last step) by kind of request, the share done within 2 s, and images a
 second, at loads below and above what the machine can do.
-How: a discrete-event simulation around the real app.engine.scheduler.Scheduler, which knows no clock; a step takes what
-the step-time curve says for its rows, and what came during a step can be chosen for the next. The policies are those of
-benchmarks/policies.py. No HTTP, no threads, no network: differences are the policy's alone.
+How: benchmarks/simulation.py with one replica: the real app.engine.scheduler.Scheduler, which knows no clock, and steps
+that take what the step-time curve says. The policies are those of benchmarks/policies.py. No HTTP, no threads, no
+network: differences are the policy's alone.
 On what: 4,000 requests at Poisson times per load, the same ones for every policy: 80 % n=1 steps=10, 10 % n=4 steps=10,
 5 % n=16 steps=20, 3 % n=64 steps=10, 2 % n=1 steps=100; 1,024 image slots, beyond which a request is refused. Load 1 is
 full steps all the time. The curve is the one that the engine measures at its start, of weights/mnist on this machine,
@@ -18,24 +18,22 @@ Two minutes, seconds with --quick.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from app.engine.runner import Runner
 from app.engine.scheduler import Scheduler
-from app.engine.selfcheck import prepare
 from app.engine.steptime import StepTime
 from benchmarks.load import percentiles
-from benchmarks.machine import MODEL, ROOT, busy_cores, print_json, table
+from benchmarks.machine import busy_cores, print_json, table
 from benchmarks.policies import FirstComeFirstServed, RoundRobin, ShortestFirst, WhereItPays, WholeRequests
+from benchmarks.simulation import Replica, Simulation, at_first
+from benchmarks.step_curve import Machine, machine_of, this_machine
 from benchmarks.workload import Arrival, Kind, Mix, arrivals, mean_work
 
 ONE, SHEET, LONG = Kind(1, 10), Kind(64, 10), Kind(1, 100)
 MIX: Mix = [(ONE, 80), (Kind(4, 10), 10), (Kind(16, 20), 5), (SHEET, 3), (LONG, 2)]
 LOADS = (0.5, 0.8, 0.95, 1.3)
-SLOTS = 1024
 SOON_S = 2.0
 SEED = 20_261_123
 POLICIES: dict[str, Callable[[StepTime], Scheduler]] = {
@@ -48,70 +46,19 @@ POLICIES: dict[str, Callable[[StepTime], Scheduler]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """How long a step takes, and how many rows it may have."""
-
-    step_time: StepTime
-    rows_limit: int
-    rows_multiple: int = 1
-
-    def seconds(self, rows: int) -> float:
-        return self.step_time.seconds(rows + -rows % self.rows_multiple)
-
-    @property
-    def capacity(self) -> float:
-        """Row-steps a second in full steps."""
-        return self.rows_limit / self.seconds(self.rows_limit)
-
-
-def this_machine() -> Machine:
-    """As the engine finds it at its start."""
-    runner = Runner.load(str(ROOT / MODEL), "auto")
-    exactness, step_time, rows_limit = prepare(runner, exact=True, batch_rows=None)
-    return Machine(step_time, rows_limit, exactness.rows_multiple)
-
-
-def machine_of(curve: str) -> Machine:
-    """From rows:ms,rows:ms,... Raises ValueError."""
-    pairs = [pair.split(":") for pair in curve.split(",")]
-    step_time = StepTime(sorted((int(rows), float(ms) / 1000) for rows, ms in pairs))
-    return Machine(step_time, step_time.enough_rows())
-
-
 def simulate(scheduler: Scheduler, machine: Machine, requests: Sequence[Arrival]) -> dict[str, Any]:
     """Serves the requests; what their clients saw."""
-    now, came, refused, images = 0.0, 0, 0, 0
-    left: dict[str, int] = {}  # images, by request
-    waits: list[tuple[Kind, float]] = []
-    while came < len(requests) or left:
-        if not left:
-            now = max(now, requests[came].at_s)
-        while came < len(requests) and requests[came].at_s <= now:
-            kind = requests[came].kind
-            if scheduler.slots + kind.n <= SLOTS:
-                scheduler.add(str(came), "", [(1, kind.steps)] * kind.n)
-                left[str(came)] = kind.n
-            else:
-                refused += 1
-            came += 1
-        picked = scheduler.next(machine.rows_limit)
-        now += machine.seconds(len(picked)) if picked else 0.0
-        for id_, index in picked:
-            if scheduler.advance((id_, index)):
-                images += 1
-                left[id_] -= 1
-                if not left[id_]:
-                    del left[id_]
-                    scheduler.remove(id_)
-                    waits.append((requests[int(id_)].kind, now - requests[int(id_)].at_s))
+    simulation = Simulation([Replica(machine, scheduler=scheduler)], at_first)
+    outcomes = simulation.run(requests)
+    waits = [(outcome.arrival.kind, outcome.wait_s) for outcome in outcomes if outcome.wait_s is not None]
+    images = sum(kind.n for kind, _ in waits)
     ones, sheets, longs = ([wait for kind, wait in waits if kind == of] for of in (ONE, SHEET, LONG))
     return {
         "n1_p50_s": percentiles(ones)["p50"], "n1_p99_s": percentiles(ones)["p99"],
         "n64_p99_s": percentiles(sheets)["p99"], "steps100_p99_s": percentiles(longs)["p99"],
         "longest_s": round(max(wait for _, wait in waits), 3),
         "within_2s": round(sum(wait <= SOON_S for _, wait in waits) / len(requests), 4),
-        "images_per_s": round(images / now, 1), "refused": refused,
+        "images_per_s": round(images / simulation.now, 1), "refused": len(requests) - len(waits),
     }  # fmt: skip
 
 
