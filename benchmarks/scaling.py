@@ -14,7 +14,7 @@ both.
 
     python benchmarks/scaling.py [--curve ROWS:MS,...] [--rows 8] [--outside-ms 3] [--price 0.1] [--quick]
 
-Seven minutes on a quiet core, one with --quick.
+Eight minutes on a quiet core, two with --quick.
 """
 
 from __future__ import annotations
