@@ -10,13 +10,13 @@ import time
 from collections.abc import AsyncIterator, Collection
 
 from prometheus_client import Metric
+from ray import serve
 
 from app.engine.replicas import Replicas
 from app.engine.request import EngineError, GenerateParams, ModelInfo, Progress, ReplicaState, Result
 from app.main import local
 from app.metrics import Metrics
 from app.settings import Settings
-from ray import serve
 
 log = logging.getLogger("app.ray")
 

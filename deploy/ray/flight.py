@@ -17,6 +17,10 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import aclosing
 
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
 from app.engine.job import OnProgress
 from app.engine.request import (
     Cancelled,
@@ -30,9 +34,6 @@ from app.engine.request import (
 )
 from app.logs import request_id_of_log
 from deploy.ray.engine import Accepted, Engine, Message, Refused
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 log = logging.getLogger("app.ray")
 
@@ -149,9 +150,8 @@ class Flight:
         if params.deadline_s is not None:
             if (left_s := self.deadline - time.monotonic()) <= 0 and self._sent:
                 return DeadlinePassed("the deadline has passed")
-            params = dataclasses.replace(
-                params, deadline_s=max(left_s, 1e-6)
-            )  # a replica says best that it is too soon
+            # Even one that has passed: a replica says best what would have been enough.
+            params = dataclasses.replace(params, deadline_s=max(left_s, 1e-6))
         self._sent = True
         # A key of its own for each sending: a replica may still have one that nobody reads any more.
         params = dataclasses.replace(params, request_id=f"{params.request_id}~{next(_tries)}")
@@ -219,7 +219,7 @@ class Flight:
             raise Lost from EngineBusy("queue_full", "no replica is up to take it", PATIENCE_S)
         except RayTaskError:
             raise
-        except (RayError, RayServeException, DeploymentUnavailableError) as error:
+        except (RayError, RayServeException) as error:
             raise Lost(f"{type(error).__name__}: {error}") from None
         finally:
             if not over:

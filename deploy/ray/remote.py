@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
 from prometheus_client import CollectorRegistry, Metric
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
 
 from app.engine.job import OnProgress
 from app.engine.request import (
@@ -28,8 +30,6 @@ from app.engine.request import (
 from app.metrics import Metrics
 from deploy.ray.engine import Described, Engine
 from deploy.ray.flight import Flight
-from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
 
 log = logging.getLogger("app.ray")
 

@@ -10,6 +10,11 @@ import itertools
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from ray import serve
+from ray.exceptions import TaskCancelledError
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.engine.engines import Engines
@@ -21,11 +26,6 @@ from deploy.ray.autoscaling import ByWaiting
 from deploy.ray.engine import Engine
 from deploy.ray.remote import RemoteReplicas, Together
 from deploy.ray.router import FewestImages
-from ray import serve
-from ray.exceptions import TaskCancelledError
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
-from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import LoggingConfig
 
 NO_BOUND = 1_000_000  # requests
 INGRESS_REQUESTS = 4096  # at once: the engines bound what is drawn, the ingress's own budgets what is uploaded
