@@ -170,9 +170,9 @@ def rules(rows: int) -> dict[str, Rule]:
     k8s = functools.partial(Rule, look_s=15, up_s=0, down_s=300, each_s=120, least=2, most=8)
     ray = functools.partial(Rule, look_s=10, mean_s=30, up_s=10, down_s=300, least=2, most=8)
     return {
-        "deploy/k8s: 32 wait, mean of 60 s": k8s(by_waiting(32), mean_s=60),
+        "32 wait, mean of 60 s": k8s(by_waiting(32), mean_s=60),
         "32 wait, mean of 15 s": k8s(by_waiting(32), mean_s=15),
-        f"{rows} wait, mean of 15 s": k8s(by_waiting(rows), mean_s=15),
+        f"deploy/k8s: {rows} wait, mean of 15 s": k8s(by_waiting(rows), mean_s=15),
         f"{2 * rows} wait or run, mean of 15 s": k8s(by_slots(2 * rows), mean_s=15),
         f"deploy/ray: {2 * rows} wait or run": ray(by_slots(2 * rows)),
         f"{rows} wait, as fast as deploy/ray": ray(by_waiting(rows)),
