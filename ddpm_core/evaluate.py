@@ -28,9 +28,10 @@ from tqdm import tqdm
 from ddpm_core import card, checkpoint, classifier, data, data_arguments, evaluation, record, sampling
 from ddpm_core.checkpoint import Model
 from ddpm_core.classifier import LoadedClassifier
-from ddpm_core.evaluation import Evaluation, Figure, Protocol
+from ddpm_core.evaluation import Evaluation, Figure
 from ddpm_core.likelihood import Bound
 from ddpm_core.parallel import EXPECTED, Ranks, joined
+from ddpm_core.protocols import Protocol, assist
 
 PROG = "python -m ddpm_core.evaluate"
 
@@ -159,7 +160,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     protocol, model, loaded, device, train, test, training = load(lambda: read(args, ranks))
     ranks.same(lambda: (protocol, model.sha256, train.facts(), test.facts()))
     if ranks.rank:
-        evaluation.assist(model, train, test, protocol, device, ranks)
+        assist(model, train, test, protocol, device, ranks)
         return
     start = time.monotonic()
     bounded = (

@@ -44,6 +44,7 @@ from ddpm_core.evaluate import MIN_SAMPLES
 from ddpm_core.noise import MAX_SEED
 from ddpm_core.parallel import EXPECTED, Ranks, joined
 from ddpm_core.plans import SamplingPlan
+from ddpm_core.protocols import asked_labels
 from ddpm_core.spacings import Spacing
 
 PROG = "python -m ddpm_core.sweep"
@@ -169,7 +170,7 @@ def measure(
 ) -> None:
     """Measures points and keeps each of them in the sweep, after the floor; ranks other than 0 only draw."""
     samples, seed = sweep.content["samples"], sweep.content["seed"]
-    labels = evaluation.asked_labels(model, train, samples, seed)
+    labels = asked_labels(model, train, samples, seed)
 
     def draw(plan: SamplingPlan, on_batch: sampling.OnBatch | None = None) -> Tensor:
         seeds = range(seed, seed + samples)

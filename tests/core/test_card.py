@@ -14,6 +14,7 @@ import torch
 
 from ddpm_core import card as card_module
 from ddpm_core import checkpoint, classifier, data, evaluate, evaluation
+from ddpm_core.protocols import Protocol
 from tests.mnist import mnist_root
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +115,7 @@ def test_figures_hold_on_fewer_images(name: str) -> None:
         pytest.skip("MNIST is not there: set DDPM_TEST_DATA_ROOT to the folder that holds MNIST/raw")
     stated = card(name)
     sampling = stated["sampling"]
-    protocol = evaluation.Protocol(
+    protocol = Protocol(
         SAMPLES, sampling["sampler"], sampling["steps"], sampling["guidance_scale"],
         sampling["seed"] + 10 * stated["metrics"]["fid"]["samples"], repeats=1,
     )  # fmt: skip

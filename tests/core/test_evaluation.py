@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_core import card, checkpoint, classifier, data, evaluate, evaluation, metrics, sampling
+from ddpm_core import card, checkpoint, classifier, data, evaluate, evaluation, metrics, protocols, sampling
 from ddpm_core.checkpoint import Model
 from ddpm_core.noise import MAX_SEED
+from ddpm_core.protocols import Protocol
 from tests.networks import call_distilled, eight
 
 CPU = torch.device("cpu")
@@ -250,17 +251,17 @@ def test_what_is_drawn_and_what_the_floor_is(monkeypatch: pytest.MonkeyPatch) ->
         return features(net, images)
 
     drawn: list[tuple[range, list[int | None]]] = []
-    generate = evaluation.generate
+    generate = protocols.generate
 
     def listen(model: Model, device: torch.device, seeds: range, labels: Any, **how: Any) -> torch.Tensor:
         drawn.append((seeds, labels))
         return generate(model, device, seeds, labels, **how)
 
     monkeypatch.setattr(evaluation, "features", watch)
-    monkeypatch.setattr(evaluation, "generate", listen)
+    monkeypatch.setattr(protocols, "generate", listen)
     torch.manual_seed(0)
     net = classifier.Classifier(1, 10).eval()
-    protocol = evaluation.Protocol(250, "dpmpp_2m", 2, seed=7, repeats=2)
+    protocol = Protocol(250, "dpmpp_2m", 2, seed=7, repeats=2)
     found = evaluation.evaluate(eight(), net, train, test, protocol, CPU)
     seeds = [seed for some, _ in drawn for seed in some]
     assert seeds == list(range(7, 7 + 2 * (250 + 50)))
@@ -286,10 +287,10 @@ def test_a_model_that_hands_out_its_training_images_is_found_out(monkeypatch: py
     def recite(_: Model, device: torch.device, seeds: range, labels: Any, **how: Any) -> torch.Tensor:
         return train.images[torch.arange(seeds.start, seeds.stop) % len(train.images)]
 
-    monkeypatch.setattr(evaluation, "generate", recite)
+    monkeypatch.setattr(protocols, "generate", recite)
     torch.manual_seed(0)
     net = classifier.Classifier(1, 10).eval()
-    found = evaluation.evaluate(eight(), net, train, test, evaluation.Protocol(200), CPU)
+    found = evaluation.evaluate(eight(), net, train, test, Protocol(200), CPU)
     assert found.fid_over_floor < 2
     assert found.generated["near_copies"].value == 1
     assert found.generated["nearest_train_distance"].value == 0 < found.floor["nearest_train_distance"].value
@@ -297,7 +298,7 @@ def test_a_model_that_hands_out_its_training_images_is_found_out(monkeypatch: py
 
 def test_classifier_of_another_data_set_is_refused() -> None:
     digits = data.load("digits", Path(), train=False)
-    protocol = evaluation.Protocol(samples=100)
+    protocol = Protocol(samples=100)
     with pytest.raises(ValueError, match="3 channels"):
         evaluation.evaluate(eight(), classifier.Classifier(3, 10).eval(), digits, digits, protocol, CPU)
 
@@ -313,7 +314,7 @@ def test_classifier_of_another_data_set_is_refused() -> None:
 )
 def test_a_protocol_refuses_what_would_fail_after_minutes(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        evaluation.Protocol(samples=100, **fields)
+        Protocol(samples=100, **fields)
 
 
 def test_a_picture_of_many_classes_shows_the_first_of_them() -> None:

@@ -10,10 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_core import card, checkpoint, classifier, data, evaluate, evaluation, fit_plans, sampling, train, trajectories
+from ddpm_core import (
+    card,
+    checkpoint,
+    classifier,
+    data,
+    evaluate,
+    evaluation,
+    fit_plans,
+    protocols,
+    sampling,
+    train,
+    trajectories,
+)
 from ddpm_core.checkpoint import Model
 from ddpm_core.denoiser import Denoiser, Thresholding
 from ddpm_core.likelihood import bits_per_dimension
+from ddpm_core.protocols import Protocol
 from tests.networks import eight
 
 CPU = torch.device("cpu")
@@ -69,15 +82,15 @@ def test_its_evaluation_asks_for_labels_everywhere(needy: Model, monkeypatch: py
     """Where other models draw without a label it gets those of training images: the same marginal distribution."""
     train_images, test_images = (data.load("digits", Path(), train=part) for part in (True, False))
     asked: list[list[int | None]] = []
-    generate = evaluation.generate
+    generate = protocols.generate
 
     def listen(model: Model, device: torch.device, seeds: range, labels: Any, **how: Any) -> Tensor:
         asked.append(list(labels))
         return generate(model, device, seeds, labels, **how)
 
-    monkeypatch.setattr(evaluation, "generate", listen)
+    monkeypatch.setattr(protocols, "generate", listen)
     torch.manual_seed(0)
-    net, protocol = classifier.Classifier(1, 10).eval(), evaluation.Protocol(100, "dpmpp_2m", 2, repeats=2)
+    net, protocol = classifier.Classifier(1, 10).eval(), Protocol(100, "dpmpp_2m", 2, repeats=2)
     found = evaluation.evaluate(needy, net, train_images, test_images, protocol, CPU)
     assert [len(labels) for labels in asked] == [100, 20, 100, 20]
     assert not any(None in labels for labels in asked)
@@ -85,9 +98,7 @@ def test_its_evaluation_asks_for_labels_everywhere(needy: Model, monkeypatch: py
     assert "label_accuracy" in found.generated
     assert found.test_bound is not None
     with pytest.raises(ValueError, match=f"{ALL}: it takes no guidance"):
-        evaluation.evaluate(
-            needy, net, train_images, test_images, evaluation.Protocol(100, guidance_scale=2.0, steps=2), CPU
-        )
+        evaluation.evaluate(needy, net, train_images, test_images, Protocol(100, guidance_scale=2.0, steps=2), CPU)
     with pytest.raises(ValueError, match="tiny has 9 classes, digits 10"):
         evaluation.check_fit(eight(9, no_label=False), net, test_images)
 

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from ddpm_core import card, checkpoint, classifier, data, evaluation, sampling, sweep
+from ddpm_core.protocols import asked_labels
 from tests.networks import eight
 
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def test_a_point_is_what_the_evaluation_measures_of_those_images(arguments: list
     (point,) = found["points"]
     train, test = (data.load("digits", Path(), train=part) for part in (True, False))
     model, net = checkpoint.load_model(Path(arguments[1])), classifier.load(Path(arguments[3])).net
-    labels = evaluation.asked_labels(model, train, 100, 5)
+    labels = asked_labels(model, train, 100, 5)
     assert (point["sampler"], point["eta"], point["spacing"]) == ("ddim", 0.5, "quadratic")
     plan = sweep.Point("ddim", 0.5, 3, "quadratic").plan(model)
     assert plan.d[0] > 0
