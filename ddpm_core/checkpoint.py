@@ -26,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ddpm_core import layout, learned, legacy, samplers, weights
+from ddpm_core.cuda_graph import CudaGraphNetwork
 from ddpm_core.denoiser import Denoiser, Thresholding
 from ddpm_core.graph import export_graph
 from ddpm_core.network import GraphError, Network, OnnxNetwork, TorchNetwork
@@ -95,7 +96,8 @@ class Model:
         return self.takes_labels and self.null_label is None
 
     def network(self, device: torch.device, *, export: bool = False) -> Network:
-        """The raw network on a device: ONNX Runtime on a CPU where the graph beside the weights fits, else torch.
+        """The raw network on a device: ONNX Runtime on a CPU where the graph beside the weights fits, else torch, whose
+        calls are recorded on a GPU.
 
         Args:
             device: where; torch's network is moved there.
@@ -106,7 +108,7 @@ class Model:
                 return self._from_graph(self.graph, export)
             except (GraphError, torch.onnx.OnnxExporterError) as error:
                 log.warning("%s %s: torch runs the network, half as fast", self.graph, str(error).splitlines()[0])
-        return TorchNetwork(self.net, device)
+        return CudaGraphNetwork(self.net, device) if device.type == "cuda" else TorchNetwork(self.net, device)
 
     def _from_graph(self, graph: Path, export: bool) -> OnnxNetwork:
         """Raises GraphError or OnnxExporterError where there is no graph that fits, and none can be made."""

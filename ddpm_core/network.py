@@ -41,16 +41,21 @@ class GraphError(ValueError):
 def pick_device(name: str) -> torch.device:
     """A device by name; auto is CUDA where there is one, else the CPU.
 
+    For the whole process it settles that convolutions on CUDA are the same at every start, and float32 where they are
+    not asked to be less: by TF32, torch's default, a row is not its own, nor what a CPU computes (docs/decisions/005).
+
     Raises:
         ValueError: no such device on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    cudnn = torch.backends.cudnn
+    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
     return device
 
 

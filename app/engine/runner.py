@@ -97,7 +97,6 @@ class Runner:
         """
         where = pick_device(device)
         model = read(reference, sha256)
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # the same at every start
         network = model.network(where, export=True)
         if isinstance(network, OnnxNetwork):
             torch.set_num_threads(1)  # two pools that spin on the same cores wait for each other
