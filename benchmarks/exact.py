@@ -141,7 +141,7 @@ def main() -> None:
 
     busy, threads = busy_cores(), torch.get_num_threads()
     runner = Runner.load(str(ROOT / MODEL), "auto")  # leaves torch one thread where it is not the network
-    ours = NAMES[type(runner.model.network(runner.device))]
+    ours = NAMES[type(runner.network)]
     checked, pools, network_calls = [priced(ours, runner, seconds)], [], []
     if ours == "ONNX Runtime":
         pools = [threads_price(runner, count, threads, seconds) for count in POOL_ROWS]

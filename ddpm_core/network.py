@@ -42,7 +42,8 @@ def pick_device(name: str) -> torch.device:
     """A device by name; auto is CUDA where there is one, else the CPU.
 
     For the whole process it settles that convolutions on CUDA are the same at every start, and float32 where they are
-    not asked to be less: by TF32, torch's default, a row is not its own, nor what a CPU computes (docs/decisions/005).
+    not asked to be less. With TF32, torch's default, a row's bits hang on the rows beside it, and are further from a
+    CPU's (docs/decisions/005).
 
     Raises:
         ValueError: no such device on this machine.

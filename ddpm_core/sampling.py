@@ -118,7 +118,7 @@ def generate(
 
     Args:
         model: what draws them.
-        device: where.
+        device: where; of network.pick_device, which makes a GPU's images those of the service.
         seeds: N of them; image i's noise depends on seeds[i] and on nothing else.
         labels: N of them; None: "no label", of models that need none.
         sampler: a key of samplers.SAMPLERS or samplers.PRESETS, or samplers.LEARNED.

@@ -78,7 +78,7 @@ class Runner:
     """
 
     def __init__(self, model: Model, device: torch.device, network: Network) -> None:
-        self.model, self.device, self._network = model, device, network
+        self.model, self.device, self.network = model, device, network
         self.pad_to(1)
         shape = model.config.image_shape
         self._x = torch.zeros(1, 0, *shape, device=device)
@@ -105,12 +105,12 @@ class Runner:
     def pad_to(self, multiple: int) -> None:
         """From now on network calls have a multiple of so many rows."""
         self.rows_multiple = multiple
-        self._denoiser = self.model.denoiser(Padded(self._network, multiple))
+        self._denoiser = self.model.denoiser(Padded(self.network, multiple))
 
     @property
     def info(self) -> ModelInfo:
         """What the outside needs to know of the model."""
-        runtime = "onnxruntime" if isinstance(self._network, OnnxNetwork) else "torch"
+        runtime = "onnxruntime" if isinstance(self.network, OnnxNetwork) else "torch"
         return info_of(self.model, str(self.device), runtime)
 
     @property

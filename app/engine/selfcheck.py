@@ -41,9 +41,11 @@ def prepare(
             whatever its multiple: no size up to here changes them, and that multiple is no larger.
     """
     kind = "cpu" if runner.device.type == "cpu" else "accelerator"
-    most = batch_rows or min((PINNED_ROWS if brief else MOST_ROWS)[kind], max(1, int(MOST_FLOPS[kind] / runner.flops)))
+    affordable = max(1, int(MOST_FLOPS[kind] / runner.flops))
+    most = batch_rows or min((PINNED_ROWS if brief else MOST_ROWS)[kind], affordable)
     guided = 2 if runner.info.guidance else 1  # network rows that the costliest image needs
-    exactness = find_exactness(runner, max(most, guided), PINNED_ROWS[kind]) if exact else Exactness(False, 1, ())
+    pin = max(min(PINNED_ROWS[kind], affordable), guided)
+    exactness = find_exactness(runner, max(most, guided), pin) if exact else Exactness(False, 1, ())
     step_time = measure(runner, min(most, exactness.most_rows))
     rows = batch_rows or step_time.enough_rows()
     return exactness, step_time, min(rows + runner.padding(rows), exactness.most_rows)
