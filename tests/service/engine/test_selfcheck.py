@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from app.engine.runner import Runner
-from app.engine.selfcheck import find_exactness, measure
+from app.engine.selfcheck import MOST_FLOPS, find_exactness, measure, prepare
 from ddpm_core.checkpoint import Model
 from tests.service.conftest import Service
 from tests.service.engine.conftest import CPU, Counting, Stepped
@@ -99,6 +99,14 @@ def test_a_pinned_network_sees_one_size_alone(make_engine: Callable[..., Stepped
     alone = stepped.alone(n=1, seed=3, labels=(1,)).x
     assert together[0].result(0).x[1].tobytes() == alone[0].tobytes()
     assert first.tobytes() != alone.tobytes()  # another label: the comparison can fail
+
+
+def test_a_large_network_is_pinned_to_what_a_step_may_cost(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a lone picture would wait for eight of them."""
+    runner = Runner(model, CPU, Spoiled(lambda x, t: len(x)))
+    monkeypatch.setitem(MOST_FLOPS, "cpu", 3.5 * runner.flops)
+    exactness, _, rows = prepare(runner, exact=True, batch_rows=None)
+    assert (exactness.exact, exactness.rows_multiple, rows) == (True, 3, 3)
 
 
 @pytest.mark.parametrize("name", ["size modulo 4", "neighbours"])
