@@ -33,7 +33,7 @@ TAGS = {
 
 PROBLEMS: dict[int, tuple[type[errors.Problem], str]] = {
     401: (errors.Unauthorized, "this API key is not known here"),
-    404: (errors.NoSuchModel, "model cats is not served here; served: mnist@79f0c9082ba6"),
+    404: (errors.NoSuchModel, "model cats is not served here; served: mnist@38931c40fe98"),
     406: (errors.NotAcceptable, "Accept asks for what /generate does not send; it sends image/png, application/json"),
     408: (errors.TooSlow, "the body did not arrive within 60 seconds: send a smaller one"),
     409: (errors.InFlight, "a request with X-Request-Id my-nine is in flight; use another id"),

@@ -110,7 +110,7 @@ def priced(name: str, runner: Runner, seconds: float) -> dict[str, Any]:
 def calls(runner: Runner, seconds: float) -> list[dict[str, Any]]:
     """ms a row of the network call alone: as the engine makes it, and by plain torch."""
     model, device = runner.model, runner.device
-    networks = [model.network(device), TorchNetwork(model.net, device)]
+    networks = [runner.network, TorchNetwork(model.net, device)]
     classes, found = runner.info.num_classes, []
     for count in CALL_ROWS:
         x_t, t = torch.randn(count, *runner.info.image_shape, device=device), torch.linspace(1, 900, count)

@@ -76,7 +76,7 @@ def test_the_others_are_passed_through(ddpm: Any, model_dir: Path) -> None:
 def test_info_of_a_measured_model(ddpm: Any) -> None:
     weights = ROOT / "weights" / "mnist"
     ran = ddpm("info", str(weights))
-    for part in ("mnist@79f0c9082ba6\n", "1,114,209 parameters, 0.38 GFLOP", "predicts v_prediction", "learned 5",
+    for part in ("mnist@38931c40fe98\n", "1,114,209 parameters, 0.38 GFLOP", "predicts v_prediction", "learned 5",
                  "0 .. 9, or null", "balanced = learned 5", "T = 1,000", "| FID "):  # fmt: skip
         assert part in ran.out
     facts = json.loads(ddpm("info", str(weights), "--json").out)
